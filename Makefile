@@ -1,0 +1,43 @@
+# Every target works as the first command on a machine with Python >= 3.11, make and a package
+# index: it makes .venv, installs what it needs from constraints.txt, and runs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+LOCK := pyproject.toml constraints.txt
+
+.PHONY: demo test lint docs lock clean
+
+demo: .venv/.demo  ## Compare five losses on digits (about a minute)
+	$(BIN)/penex compare --out penex-results
+
+test: .venv/.dev  ## The whole test suite, the code blocks of README and docs included
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/.dev  ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/.dev  ## The documentation, into docs/_build/html; warnings are errors
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+lock: .venv/.dev  ## Write the installed versions to constraints.txt
+	( grep '^#' constraints.txt; $(BIN)/python -m pip list --format=freeze --exclude-editable \
+	  | grep -vE '^(pip|setuptools|wheel)==' | sed 's/+cpu$$//' ) > constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## Remove the environment and what was built
+	rm -rf .venv docs/_build dist build
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version)'
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: $(LOCK) | .venv/bin/python
+	$(PIP) install --constraint constraints.txt --editable '.[compare]'
+	@touch $@
+
+.venv/.dev: $(LOCK) | .venv/bin/python
+	$(PIP) install --constraint constraints.txt --editable '.[compare,onnx,docs,dev]'
+	@touch $@ .venv/.demo

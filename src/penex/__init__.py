@@ -1,0 +1,41 @@
+"""PENEX: a penalized exponential loss for classification, in the place of cross-entropy.
+
+>>> import penex
+>>> criterion = penex.PENEX()  # where torch.nn.CrossEntropyLoss() stood
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from penex import functional, inference, losses, metrics
+    from penex.functional import penex_loss
+    from penex.losses import PENEX
+
+__version__ = "0.1.0"
+__all__ = [
+    "PENEX",
+    "__version__",
+    "functional",
+    "inference",
+    "losses",
+    "metrics",
+    "penex_loss",
+]
+
+_MODULES = ("functional", "inference", "losses", "metrics")
+_HOME = {"PENEX": "penex.losses", "penex_loss": "penex.functional"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `penex --help` does not wait for torch."""
+    if name in _MODULES:
+        return import_module(f"penex.{name}")
+    if name in _HOME:
+        value = globals()[name] = getattr(import_module(_HOME[name]), name)
+        return value
+    raise AttributeError(f"module 'penex' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,230 @@
+"""The boundary of the losses: a call becomes what the mathematics needs, or is refused.
+
+Everything below this module may rely on what :class:`Batch` promises and checks nothing again. The
+conventions are those of :func:`torch.nn.functional.cross_entropy`.
+"""
+
+import contextlib
+import math
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Batch(NamedTuple):
+    """Logits and targets in the one form that every loss of this package computes with."""
+
+    logits: Tensor
+    """(N, K, d1, ...), float32 or float64; rows that are ignored are zero and have no gradient."""
+    labels: Tensor | None
+    """(N, 1, d1, ...), int64 and safe to gather with; None where the target is dense."""
+    mass: Tensor
+    """w_k q_ik at the classes that carry it: (N, 1, d1, ...) for labels, else (N, K, d1, ...)."""
+    total: Tensor
+    """omega_i = sum_k w_k q_ik, (N, d1, ...); zero for ignored rows."""
+    denominator: Tensor
+    """What ``mean`` divides by, 0-d; one where there is nothing to learn from, so the mean is 0."""
+    source: Tensor
+    """The target as it came, for messages."""
+    ignore_index: int
+
+    def select(self, values: Tensor) -> Tensor:
+        """`values` (N, K, d1, ...) at the classes that carry mass, in the shape of `mass`."""
+        if self.labels is None:
+            return values
+        try:
+            return values.gather(1, self.labels)
+        except RuntimeError as error:  # the range check that gather makes anyway on the CPU
+            raise _refused_labels(self.source, values, self.ignore_index) from error
+
+
+def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
+    """`value` as a float, refused unless finite and in [low, high] or (low, high]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    result = float(value)
+    if not math.isfinite(result) or result > high or result < low or (open_low and result == low):
+        bound = f"{'(' if open_low else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
+        raise ValueError(f"{name}: expected a finite number in {bound}, got {value!r}")
+    return result
+
+
+def positive(name: str, value: object) -> float:
+    """`value` as a float, refused unless it is finite and above zero."""
+    return number(name, value, 0.0, math.inf, open_low=True)
+
+
+def choice(name: str, value: object, options: tuple[str, ...]) -> str:
+    """`value`, refused unless it is one of `options`."""
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+    return str(value)
+
+
+def check_options(ignore_index: int, reduction: str, label_smoothing: float) -> None:
+    """Refuse what no loss of this package accepts, whatever the tensors are."""
+    choice("reduction", reduction, ("mean", "sum", "none"))
+    number("label_smoothing", label_smoothing, 0.0, 1.0)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+
+
+def prepare(
+    input: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Batch:
+    """Validate a call and bring it into the form of :class:`Batch`.
+
+    Raises:
+        TypeError: `input` is not a floating-point tensor, or `target` is neither integer nor
+            floating point.
+        ValueError: an option, or the shape of `target` or `weight`, is not what was expected.
+    """
+    check_options(ignore_index, reduction, label_smoothing)
+    check_tensors(input, target)
+    if input.ndim == 1:  # unbatched: a batch of one
+        input, target = input.unsqueeze(0), target.unsqueeze(0)
+    logits = input if input.dtype == torch.float64 else input.float()
+    num_classes = logits.shape[1]
+    if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+        if weight.shape != (num_classes,):
+            raise ValueError(
+                f"weight: expected one weight per class, shape ({num_classes},), "
+                f"got {tuple(weight.shape)}"
+            )
+        weight = weight.to(logits.dtype)
+    if target.is_floating_point():
+        return _from_probabilities(logits, target, weight, ignore_index, label_smoothing)
+    return _from_labels(logits, target, weight, ignore_index, label_smoothing)
+
+
+def check_tensors(input: Tensor, target: Tensor) -> None:
+    """Refuse what is not logits with a target of a fitting dtype and shape."""
+    for name, value in (("input", input), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if not input.is_floating_point():
+        raise TypeError(f"input: expected floating-point logits, got {input.dtype}")
+    if input.ndim == 0:
+        raise ValueError("input: expected shape (K), (N, K) or (N, K, d1, ...), got a 0-d tensor")
+    shape = tuple(input.shape)
+    if target.is_floating_point():
+        if target.shape != input.shape:
+            raise ValueError(
+                "target: floating-point targets are class probabilities and need the input's "
+                f"shape {shape}, got {tuple(target.shape)}; class indices need an integer dtype"
+            )
+        return
+    if target.dtype not in _INDEX_DTYPES:
+        raise TypeError(
+            "target: expected class indices (integer) or class probabilities (floating point), "
+            f"got {target.dtype}"
+        )
+    indices = shape[:1] + shape[2:] if input.ndim > 1 else ()
+    if target.shape != indices and target.shape != input.shape:
+        raise ValueError(
+            f"target: expected class indices of shape {indices}, or one-hot labels or class "
+            f"probabilities of shape {shape}, for input {shape}; got {tuple(target.shape)}"
+        )
+
+
+def _from_labels(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Batch:
+    if target.ndim == logits.ndim:
+        labels = _from_one_hot(target, ignore_index)
+    else:
+        labels = target.long().unsqueeze(1)
+    keep = labels != ignore_index
+    labels = labels.where(keep, 0)
+    logits = logits.masked_fill(~keep, 0)  # an ignored row may hold anything, NaN included
+    if weight is None:
+        mass = keep.to(logits.dtype)
+    else:
+        try:
+            mass = weight[labels] * keep
+        except (IndexError, RuntimeError) as error:
+            raise _refused_labels(target, logits, ignore_index) from error
+    denominator = mass.sum()
+    denominator = denominator.where(denominator != 0, 1)
+    batch = Batch(logits, labels, mass, mass.squeeze(1), denominator, target, ignore_index)
+    if label_smoothing == 0:
+        return batch
+    batch.select(logits)  # the labels' range check, on the tensor whose size the message quotes
+    one_hot = torch.zeros_like(logits).scatter(1, labels, 1.0)
+    dense = _weighted(_smooth(one_hot, label_smoothing), weight) * keep
+    return batch._replace(labels=None, mass=dense, total=dense.sum(1))
+
+
+def _from_probabilities(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Batch:
+    if ignore_index >= 0:
+        raise ValueError(
+            "ignore_index: class probabilities have no index to ignore; expected a negative "
+            f"value, got {ignore_index}"
+        )
+    mass = _weighted(_smooth(target.to(logits.dtype), label_smoothing), weight)
+    rows = logits.numel() // max(logits.shape[1], 1)
+    denominator = torch.full((), max(rows, 1), dtype=logits.dtype, device=logits.device)
+    return Batch(logits, None, mass, mass.sum(1), denominator, target, ignore_index)
+
+
+def _from_one_hot(target: Tensor, ignore_index: int) -> Tensor:
+    """Labels (N, 1, d1, ...) of integer one-hot rows.
+
+    A row that is not one-hot gets a label out of range, so the check of the indexing kernel refuses it: at once on the CPU,
+    by the device's own assertion elsewhere, and nowhere at the price of a synchronisation.
+    """
+    num_classes = target.shape[1]
+    invalid = num_classes if ignore_index != num_classes else num_classes + 1
+    valid = (target.sum(1, keepdim=True) == 1) & ((target == 0) | (target == 1)).all(
+        1, keepdim=True
+    )
+    return target.argmax(1, keepdim=True).where(valid, invalid)
+
+
+def _smooth(probabilities: Tensor, label_smoothing: float) -> Tensor:
+    if label_smoothing == 0:
+        return probabilities
+    return (1 - label_smoothing) * probabilities + label_smoothing / probabilities.shape[1]
+
+
+def _weighted(probabilities: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return probabilities
+    return probabilities * weight.view(-1, *[1] * (probabilities.ndim - 2))
+
+
+def _refused_labels(target: Tensor, logits: Tensor, ignore_index: int) -> Exception:
+    if target.ndim == logits.ndim:
+        return ValueError(
+            "target: integer targets of the input's shape are one-hot labels; expected a single 1 "
+            "and zeros elsewhere in every row, got a row that is not; for anything softer give "
+            "floating-point class probabilities"
+        )
+    classes = logits.shape[1]
+    message = f"target: expected class indices in [0, {classes}) or {ignore_index} (ignore_index)"
+    with contextlib.suppress(RuntimeError):  # under vmap there is no single value to quote
+        bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+        message += f", got {int(target[bad][0])}"
+    return IndexError(message)

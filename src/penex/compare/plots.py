@@ -1,0 +1,279 @@
+"""Pictures of a comparison, drawn from its saved curves and logits.
+
+`gather` reads, the functions that take an `Axes` draw a panel each, `svg` makes a panel an element
+of an HTML page, and `overview` a picture file of its own.
+"""
+
+import html
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from numpy.typing import NDArray
+
+from penex.compare.analysis import EPOCHS, curves, summarize
+from penex.compare.errors import CompareError
+from penex.compare.registry import LOSSES, contender
+from penex.compare.store import read_logits, run_folder
+from penex.metrics import Reliability, margins, reliability
+
+Floats = NDArray[np.float64]
+
+INK = "#1a1d21"
+"""Text, axes and the first loss. In a page it becomes the colour of the text around the picture."""
+COLOURS = (INK, "#0072b2", "#009e73", "#c56fa0", "#d55e00")
+"""One per registered loss, in order: told apart by the colour-blind, and with a contrast of at
+least 3 to white and to black."""
+MORE_COLOURS = ("#b8860b", "#3a9bd1", "#aa4499", "#808000")
+"""For what is beyond: further losses, and further instances of a loss, which are dashed as well."""
+DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.5), (1.5, 1.5), (6, 1.5, 1.5, 1.5))
+POINTS = 400
+"""At most so many points to a line; a picture shows no more, and a page should stay small."""
+JOINED = 0.01
+"""The least share of all samples in a bin that the line of a reliability diagram goes through."""
+STYLE: Any = [
+    "default",  # whatever the user's own matplotlibrc says
+    dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "grid.color", "text.color"), INK),
+    dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    dict.fromkeys(("axes.linewidth", "grid.linewidth"), 0.6),
+    dict.fromkeys(("xtick.major.width", "ytick.major.width"), 0.6),
+    {"axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "grid.alpha": 0.15},
+    {"font.size": 9, "legend.frameon": False},
+    {"svg.fonttype": "none"},  # text stays text: small, selectable, in the page's font
+]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the pictures show of one loss.
+
+    Attributes:
+        spec: As in the configuration.
+        label: As in the tables.
+        colour: In hexadecimal.
+        dashes: Lengths of dashes and gaps in line widths; empty for a solid line.
+        nll: "train" and "validation", each (runs, epochs), NaN where not finite.
+        best: (epoch, validation NLL) of the runs' best validation epochs.
+        diagrams: Reliability on test at the best epochs, "raw" and "scaled", pooled over the runs
+            whose logits are finite; empty if there is none.
+        margins: (N,) margins of the same rows as trained, sorted.
+    """
+
+    spec: str
+    label: str
+    colour: str
+    dashes: tuple[float, ...]
+    nll: dict[str, Floats]
+    best: list[tuple[int, float]]
+    diagrams: dict[str, Reliability]
+    margins: Floats
+
+    @property
+    def line(self) -> Any:
+        """How Matplotlib draws it."""
+        return {"color": self.colour, "linestyle": (0, self.dashes) if self.dashes else "-"}
+
+    @property
+    def error(self) -> float:
+        """Share of negative margins; NaN if there is no margin."""
+        return float(np.mean(self.margins < 0)) if len(self.margins) else np.nan
+
+
+def gather(folder: Path, results: dict[str, Any]) -> list[Evidence]:
+    """Read curves and logits of the losses that have a finished run, one run at a time.
+
+    Args:
+        folder: The output folder.
+        results: Of `summarize` on it.
+
+    Raises:
+        CompareError: A file is damaged.
+    """
+    found, instances, more = [], Counter[str](), 0
+    for loss in results["losses"]:
+        name = contender(loss["spec"]).loss.name
+        position, instance = list(LOSSES).index(name), instances[name]
+        instances[name] += 1
+        if instance == 0 and position < len(COLOURS):
+            colour = COLOURS[position]
+        else:
+            colour, more = MORE_COLOURS[more % len(MORE_COLOURS)], more + 1
+        runs = [run for run in results["runs"] if run["loss"] == loss["spec"]]
+        if runs:
+            read = [_curve(folder, run, results["config"]["epochs"]) for run in runs]
+            nll = {part: np.stack([curve[part] for curve in read]) for part in read[0]}
+            best = [(run["best_epoch"], run["validation_nll"]) for run in runs if run["best_epoch"]]
+            style = (colour, DASHES[instance % len(DASHES)])
+            tested = _tested(folder, runs)
+            found.append(Evidence(loss["spec"], loss["label"], *style, nll, best, *tested))
+    return found
+
+
+def _curve(folder: Path, run: dict[str, Any], epochs: int) -> dict[str, Floats]:
+    curve = curves(folder, run["loss"], run["seed"])
+    try:
+        columns = {part: curve[f"{part}_nll"] for part in ("train", "validation")}
+    except KeyError:
+        columns = {}
+    if [len(column) for column in columns.values()] != [epochs, epochs]:
+        where = run_folder(folder, run["loss"], run["seed"])
+        raise CompareError(
+            f"{where / 'curve.csv'} is damaged (expected train_nll and validation_nll of {epochs} "
+            f"epochs); remove {where} and run again"
+        )
+    return {part: np.where(np.isfinite(each), each, np.nan) for part, each in columns.items()}
+
+
+def _tested(folder: Path, runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Reliability], Floats]:
+    raw, scaled, pooled = [], [], [np.empty(0)]
+    for run in runs:
+        if run["test"]["best"]["raw"] is not None:
+            saved = read_logits(run_folder(folder, run["loss"], run["seed"]))
+            logits = run["scale"] * saved["test_best"].astype(np.float64)
+            target = saved["test_target"]
+            raw.append(reliability(logits, target))
+            scaled.append(reliability(logits / run["temperature"]["best"], target))
+            pooled.append(margins(logits, target))
+    diagrams = {"raw": _pool(raw), "scaled": _pool(scaled)} if raw else {}
+    return diagrams, np.sort(np.concatenate(pooled))
+
+
+def _pool(diagrams: Sequence[Reliability]) -> Reliability:
+    """The diagram of all samples together."""
+    count = np.sum([each.count for each in diagrams], axis=0)
+    divisor = np.where(count > 0, count, np.nan)
+    confidence = np.nansum([each.count * each.confidence for each in diagrams], axis=0) / divisor
+    accuracy = np.nansum([each.count * each.accuracy for each in diagrams], axis=0) / divisor
+    return Reliability(diagrams[0].edges, count, confidence, accuracy)
+
+
+def _thinned(n: int) -> NDArray[np.intp]:
+    """At most POINTS of n indices, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, POINTS)).round().astype(np.intp))
+
+
+def learning(axes: Axes, evidence: Sequence[Evidence], part: str) -> None:
+    """NLL on "train" or "validation" by epoch: the mean over runs, and every run in a thin line.
+
+    A mean line ends where a run stopped being finite. Dots are the runs' best validation epochs.
+    """
+    for one in evidence:
+        index = _thinned(one.nll[part].shape[1])
+        nll = one.nll[part][:, index]
+        axes.plot(index + 1, nll.T, color=one.colour, linewidth=0.5, alpha=0.4)
+        axes.plot(index + 1, nll.mean(axis=0), **one.line, linewidth=1.6, label=one.label)
+        if part == "validation" and one.best:
+            axes.plot(*zip(*one.best, strict=True), "o", color=one.colour, markersize=3, alpha=0.8)
+    values = np.concatenate([one.nll[part].ravel() for one in evidence])
+    values = values[values > 0]
+    if values.size:
+        axes.set_yscale("log")
+        decades = np.log10(values.max() / values.min())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2 else (1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="Epoch", ylabel="NLL")
+
+
+def diagram(axes: Axes, one: Evidence) -> None:
+    """Accuracy against confidence by bin, the area of a disc growing with the samples in it."""
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.5)
+    for scaling, face, edge, line in (
+        ("raw", one.colour, one.colour, "-"),
+        ("scaled", "none", INK, ":"),
+    ):
+        bins = one.diagrams[scaling]
+        share = bins.count / bins.count.sum()
+        joined = share >= JOINED
+        axes.plot(bins.confidence[joined], bins.accuracy[joined], line, color=edge, linewidth=1.2)
+        axes.scatter(
+            bins.confidence[share > 0],
+            bins.accuracy[share > 0],
+            s=8 + 180 * share[share > 0],
+            facecolor=face,
+            edgecolor=edge,
+            linewidth=0.8,
+            alpha=0.8,
+        )
+    axes.set(xlim=(0, 1.04), ylim=(-0.04, 1.04), xlabel="Confidence", ylabel="Accuracy")
+
+
+def distribution(axes: Axes, evidence: Sequence[Evidence]) -> None:
+    """The share of test samples with at most a margin, for every margin."""
+    for one in evidence:
+        if n := len(one.margins):
+            index = _thinned(n)
+            style = one.line | {"linewidth": 1.5, "label": one.label}
+            axes.step(one.margins[index], (index + 1) / n, where="post", **style)
+    axes.axvline(0, color=INK, linewidth=0.8, alpha=0.5)
+    axes.set(ylim=(0, 1), xlabel="Margin, log p(y) − max log p(j)", ylabel="Share of test rows")
+
+
+def scores(axes: Axes, results: dict[str, Any], evidence: Sequence[Evidence]) -> None:
+    """Test NLL with its interval over seeds, at the best validation epoch and at the last."""
+    for (epoch, name), below, open_ in zip(
+        EPOCHS.items(), (-0.13, 0.13), (False, True), strict=True
+    ):
+        for row, one in enumerate(evidence):
+            cell = results["summary"][epoch]["raw"]["nll"][one.spec]
+            if cell["mean"] is not None:
+                style: Any = {"color": one.colour, "markersize": 5, "elinewidth": 1.2}
+                face = "white" if open_ else one.colour
+                axes.errorbar(
+                    cell["mean"], row + below, xerr=cell["half_width"], fmt="o", mfc=face, **style
+                )
+        axes.plot([], [], "o", color=INK, mfc="white" if open_ else INK, markersize=5, label=name)
+    axes.set_yticks(range(len(evidence)), [one.label for one in evidence])
+    axes.invert_yaxis()
+    axes.set_xlabel("Test NLL, 95 % interval over seeds")
+
+
+def svg(
+    name: str, description: str, draw: Callable[[Axes], None], size: tuple[float, float]
+) -> str:
+    """A panel of `size` inches for a page: ids start with `name`, INK becomes the text's colour."""
+    with matplotlib.style.context([*STYLE, {"svg.hashsalt": name}]):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        stream = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    _, _, text = stream.getvalue().partition("<svg ")  # leaves the XML prologue behind
+    # Its one rule would hold for the whole page, which has it for its pictures.
+    text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
+    text = text.replace(INK, "currentColor")
+    return f'<svg role="img" aria-label="{html.escape(description)}" {text}'
+
+
+def overview(folder: Path, path: Path) -> None:
+    """Draw the comparison in `folder` in one picture: validation NLL by epoch, and test NLL.
+
+    Args:
+        folder: An output folder with finished runs.
+        path: The picture, .svg or .png by its ending.
+
+    Raises:
+        CompareError: As `summarize`.
+    """
+    results = summarize(folder)
+    evidence = gather(folder, results)
+    with matplotlib.style.context([*STYLE, {"svg.hashsalt": "overview"}]):
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        learning(left, evidence, "validation")
+        left.set_ylabel("Validation NLL")
+        left.legend()
+        scores(right, results, evidence)
+        right.legend()
+        figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,0 +1,447 @@
+r"""The mathematics of PENEX: pure functions, tensors in, tensors out, no state.
+
+Logits :math:`f`, label :math:`y`, sensitivity :math:`\alpha`, penalty :math:`\rho`:
+
+.. math:: \ell = \exp(-\alpha f_y) + \rho \sum_j \exp f_j
+
+Source: Kladny, Schölkopf, Muehlebach, "PENEX: AdaBoost-Inspired Neural Network Regularization",
+arXiv 2510.02107. What the docstrings mark "(derived)" is not in the paper.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from penex._inputs import Batch, check_tensors, number, positive, prepare
+
+__all__ = [
+    "confidence_penalty_loss",
+    "estimate_penalty",
+    "focal_loss",
+    "margin",
+    "penex_loss",
+]
+
+# Beyond this exponent float32 overflows. A class without target mass takes the exponential of no
+# more than this, so that its contribution is 0 and not 0 * inf.
+_LARGEST_EXPONENT = 80.0
+
+
+def penex_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    sensitivity: float = 0.1,
+    penalty: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    huberization: float | None = None,
+) -> Tensor:
+    r"""Penalized exponential loss, in the place of :func:`torch.nn.functional.cross_entropy`.
+
+    .. math::
+        \ell_i = \sum_k w_k q_{ik} \exp(-\alpha f_{ik}) + \rho\,\omega_i \sum_j \exp f_{ij},
+        \qquad \omega_i = \sum_k w_k q_{ik}
+
+    with :math:`q_i` the one-hot label or the given class probabilities. The model it trains
+    predicts :math:`p(y|x) = \operatorname{softmax}((1+\alpha) f(x))`: see
+    :func:`penex.inference.predict_proba`.
+
+    Shapes, keywords, reductions, denominators and the dtype of the result are those of
+    ``cross_entropy``, with two differences: integer one-hot targets of the input's shape are
+    accepted as labels, and a batch with nothing to learn from (empty, or every row ignored) has
+    mean 0 with zero gradient, where torch gives NaN.
+
+    Args:
+        input: Logits, floating point, shape (K), (N, K) or (N, K, d1, ...). Computed in float32,
+            or float64 if that is the input's dtype; the gradient has the input's dtype.
+        target: Class indices, integer, shape (), (N) or (N, d1, ...); or integer one-hot labels,
+            or floating-point class probabilities, of the input's shape.
+        sensitivity: :math:`\alpha > 0`. Larger values weigh badly classified samples more.
+        penalty: :math:`\rho > 0`, a number or a 0-d tensor. None estimates it from this batch with
+            :func:`estimate_penalty`. It is never differentiated.
+        weight: Class weights :math:`w`, shape (K).
+        ignore_index: Rows with this class index contribute nothing.
+        reduction: ``"mean"`` (over the class weights of the kept rows for class indices, over the
+            rows for probabilities), ``"sum"``, or ``"none"`` (the target's shape, zeros at ignored
+            rows).
+        label_smoothing: :math:`\varepsilon` in [0, 1]; :math:`q` becomes
+            :math:`(1-\varepsilon) q + \varepsilon / K`.
+        huberization: Threshold :math:`t > 0` on :math:`e^u`, :math:`u = -\alpha f_y`, beyond which
+            it continues linearly, as :math:`t (1 + u - \log t)`. None: never.
+
+    Returns:
+        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
+
+    Raises:
+        TypeError: `input` is not floating point, `target` is neither integer nor floating point,
+            or an option is not a number.
+        ValueError: An option is out of its range, or shapes do not match.
+        IndexError: A class index is out of range (on the CPU; a CUDA device asserts by itself).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> penex_loss(logits, torch.tensor([0, 1]), sensitivity=0.5, penalty=0.25)
+        tensor(2.0132)
+    """
+    alpha = positive("sensitivity", sensitivity)
+    log_threshold = _log_threshold(huberization)
+    batch = prepare(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    log_penalty: float | Tensor
+    if penalty is None:
+        sums = penalty_sums(batch, alpha, log_threshold)
+        log_penalty = sums.log_penalty(alpha, PENALTY_MIN, PENALTY_MAX)
+    elif isinstance(penalty, Tensor):
+        if penalty.numel() != 1:
+            raise ValueError(f"penalty: expected a 0-d tensor, got shape {tuple(penalty.shape)}")
+        log_penalty = penalty.detach().to(batch.logits.dtype).reshape(()).log()
+    else:
+        log_penalty = math.log(positive("penalty", penalty))
+    rows = penex_rows(batch, alpha, log_penalty, log_threshold, reduction)
+    return reduce_rows(rows, input, reduction)
+
+
+def estimate_penalty(
+    input: Tensor,
+    target: Tensor,
+    *,
+    sensitivity: float = 0.1,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    huberization: float | None = None,
+    penalty_min: float = 1e-10,
+    penalty_max: float = 100.0,
+) -> Tensor:
+    r"""The penalty :math:`\hat\rho` that this batch suggests, without gradient.
+
+    .. math::
+        \hat\rho = \alpha\, \frac{\sum_i \sum_k w_k q_{ik} \exp(-\alpha f_{ik})}
+        {\sum_i \omega_i \sum_j \exp f_{ij}}
+
+    clamped to [`penalty_min`, `penalty_max`]. It is the :math:`\rho` at which adding one constant
+    to all logits leaves the loss stationary, as long as nothing is huberized (derived).
+
+    Args:
+        input: As in :func:`penex_loss`, like the arguments not listed here.
+        target: As in :func:`penex_loss`.
+        sensitivity: As in :func:`penex_loss`.
+        weight: As in :func:`penex_loss`.
+        ignore_index: As in :func:`penex_loss`.
+        label_smoothing: As in :func:`penex_loss`.
+        huberization: As in :func:`penex_loss`; the exponential part is huberized before it is
+            summed.
+        penalty_min: Smallest value returned, > 0.
+        penalty_max: Largest value returned, at least `penalty_min`.
+
+    Returns:
+        0-d tensor, float32, or float64 for float64 input; NaN if no row was kept.
+
+    Raises:
+        TypeError, ValueError, IndexError: As :func:`penex_loss`; also if
+            `penalty_min` > `penalty_max`.
+
+    Example:
+        >>> estimate_penalty(torch.zeros(3, 4), torch.tensor([0, 1, 2]), sensitivity=0.5)
+        tensor(0.1250)
+    """
+    alpha = positive("sensitivity", sensitivity)
+    check_penalty_bounds(penalty_min, penalty_max)
+    batch = prepare(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction="mean",
+        label_smoothing=label_smoothing,
+    )
+    sums = penalty_sums(batch, alpha, _log_threshold(huberization))
+    return sums.penalty(alpha, penalty_min, penalty_max).where(~sums.empty, math.nan)
+
+
+def margin(input: Tensor, target: Tensor) -> Tensor:
+    r"""How far the true class leads: :math:`f_y - \max_{j \ne y} f_j`.
+
+    Positive where the prediction is right. The scale is that of the logits; to compare models
+    trained with different losses, give the logits of their probabilities, :math:`(1+\alpha) f` for
+    PENEX.
+
+    Args:
+        input: Logits, floating point, shape (K), (N, K) or (N, K, d1, ...), K >= 2.
+        target: Class indices, integer, shape (), (N) or (N, d1, ...).
+
+    Returns:
+        Margins, shape of `target`, dtype of `input`.
+
+    Raises:
+        TypeError, ValueError, IndexError: As :func:`penex_loss`.
+
+    Example:
+        >>> margin(torch.tensor([[3.0, 1.0, 0.5]]), torch.tensor([1]))
+        tensor([-2.])
+    """
+    check_tensors(input, target)
+    if target.is_floating_point() or (target.ndim == input.ndim):
+        raise ValueError(
+            f"target: expected class indices, got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    logits, labels = (input, target) if input.ndim > 1 else (input[None], target[None])
+    if logits.shape[1] < 2:
+        raise ValueError(f"input: a margin needs two classes or more, got {logits.shape[1]}")
+    # A negative ignore_index far out of any range: every label must be a class.
+    batch = prepare(
+        logits,
+        labels,
+        weight=None,
+        ignore_index=torch.iinfo(torch.int64).min,
+        reduction="none",
+        label_smoothing=0.0,
+    )
+    true = batch.select(logits)
+    mine = torch.zeros_like(logits, dtype=torch.bool).scatter(1, labels.unsqueeze(1).long(), True)
+    result = true.squeeze(1) - logits.masked_fill(mine, -math.inf).amax(1)
+    return result if input.ndim > 1 else result.squeeze(0)
+
+
+def focal_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Focal loss, :math:`-\sum_k w_k q_k (1 - p_k)^\gamma \log p_k`, with its true gradient.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002;
+    the sum over classes is its usual extension to soft targets. ``gamma=0`` is cross-entropy.
+
+    Args:
+        input: As in :func:`penex_loss`, like the arguments not listed here.
+        target: As in :func:`penex_loss`.
+        gamma: Focusing parameter, >= 0.
+        weight: As in :func:`penex_loss`.
+        ignore_index: As in :func:`penex_loss`.
+        reduction: As in :func:`penex_loss`.
+        label_smoothing: As in :func:`penex_loss`.
+
+    Returns:
+        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError: As :func:`penex_loss`; also if `gamma` < 0.
+
+    Example:
+        >>> focal_loss(torch.zeros(1, 2), torch.tensor([0]), gamma=1.0)  # log(2) / 2
+        tensor(0.3466)
+    """
+    gamma = number("gamma", gamma, 0.0, math.inf)
+    batch = prepare(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    log_p = batch.select(F.log_softmax(batch.logits, 1))
+    # Where p rounds to 1, or is 0 in a class without mass, the term is 0; a stand-in keeps the
+    # derivative of the power, and of 0 * inf, from becoming NaN there.
+    live = (log_p != 0) & ((batch.mass != 0) | (log_p > -math.inf))
+    safe = log_p.where(live, -1.0)
+    focus = (-torch.expm1(safe)) ** gamma
+    rows = (batch.mass * focus * -safe).where(live, 0.0).sum(1)
+    return reduce_rows(_mean_terms(rows, batch, reduction), input, reduction)
+
+
+def confidence_penalty_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    strength: float = 0.1,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross-entropy less `strength` times the entropy of the prediction.
+
+    .. math:: \ell_i = -\sum_k w_k q_{ik} \log p_{ik} - \beta\, \omega_i H(p_i)
+
+    Source: Pereyra et al., "Regularizing Neural Networks by Penalizing Confident Output
+    Distributions", 2017, arXiv 1701.06548. ``strength=0`` is cross-entropy; the loss may be
+    negative.
+
+    Args:
+        input: As in :func:`penex_loss`, like the arguments not listed here.
+        target: As in :func:`penex_loss`.
+        strength: :math:`\beta \ge 0`.
+        weight: As in :func:`penex_loss`; a row's entropy has the weight :math:`\omega_i` of its
+            target, as in the penalty of PENEX.
+        ignore_index: As in :func:`penex_loss`.
+        reduction: As in :func:`penex_loss`.
+        label_smoothing: As in :func:`penex_loss`.
+
+    Returns:
+        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError: As :func:`penex_loss`; also if `strength` < 0.
+
+    Example:
+        >>> confidence_penalty_loss(torch.zeros(1, 2), torch.tensor([0]), strength=0.5)
+        tensor(0.3466)
+    """
+    strength = number("strength", strength, 0.0, math.inf)
+    batch = prepare(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    log_p = F.log_softmax(batch.logits, 1)
+    finite = log_p.where(log_p > -math.inf, 0.0)  # p log p is 0 at p = 0
+    entropy = -(log_p.exp() * finite).sum(1)
+    log_q = batch.select(log_p)
+    live = (batch.mass != 0) | (log_q > -math.inf)  # the rest is 0 * inf
+    nll = -(batch.mass * log_q.where(live, 0.0)).sum(1)
+    rows = nll - strength * batch.total * entropy
+    return reduce_rows(_mean_terms(rows, batch, reduction), input, reduction)
+
+
+# What losses.PENEX shares with the functions above.
+
+PENALTY_MIN, PENALTY_MAX = 1e-10, 100.0
+
+
+def check_penalty_bounds(penalty_min: float, penalty_max: float) -> None:
+    """Refuse bounds that are not positive numbers in order."""
+    low, high = positive("penalty_min", penalty_min), positive("penalty_max", penalty_max)
+    if low > high:
+        raise ValueError(f"penalty_min: expected at most penalty_max = {high:g}, got {low:g}")
+
+
+class PenaltySums(NamedTuple):
+    """The two sums that the estimate of the penalty is made of, as logarithms of 0-d tensors."""
+
+    exponential: Tensor
+    """log sum_i A_i"""
+    partition: Tensor
+    """log sum_i omega_i S_i"""
+    num_classes: int
+
+    @property
+    def empty(self) -> Tensor:
+        """Whether there was nothing to sum."""
+        return self.partition == -math.inf
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether the estimate means something: rows were kept, no logit was NaN or infinite."""
+        return self.exponential.isfinite() & self.partition.isfinite()
+
+    def log_penalty(self, alpha: float, penalty_min: float, penalty_max: float) -> Tensor:
+        """log of the clamped estimate; of alpha / K, its value at f = 0, if there was no row."""
+        estimate = math.log(alpha) + self.exponential - self.partition
+        estimate = estimate.where(~self.empty, math.log(alpha / self.num_classes))
+        return estimate.clamp(math.log(penalty_min), math.log(penalty_max))
+
+    def penalty(self, alpha: float, penalty_min: float, penalty_max: float) -> Tensor:
+        """The clamped estimate itself."""
+        estimate = self.log_penalty(alpha, penalty_min, penalty_max).exp()
+        return estimate.clamp(penalty_min, penalty_max)  # exp(log 100) need not be 100
+
+    def over_ranks(self, group: dist.ProcessGroup) -> "PenaltySums":
+        """The sums over the batches of all ranks of `group`: one collective of two numbers."""
+        local = torch.stack([self.exponential, self.partition])
+        ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(ranks, local, group=group)
+        exponential, partition = torch.stack(ranks).logsumexp(0)
+        return PenaltySums(exponential, partition, self.num_classes)
+
+
+def penalty_sums(batch: Batch, alpha: float, log_threshold: float | None) -> PenaltySums:
+    """Both sums of the estimate, in the log domain, where no finite logit overflows."""
+    # Detached, as no_grad would leave the derivatives of forward mode in place.
+    logits, mass, total = batch.logits.detach(), batch.mass.detach(), batch.total.detach()
+    u = -alpha * batch.select(logits)
+    if log_threshold is not None:
+        u = u.clamp(max=log_threshold) + torch.log1p(F.relu(u - log_threshold))
+    exponential = (u + mass.log()).where(mass > 0, -math.inf)
+    partition = (logits.logsumexp(1) + total.log()).where(total > 0, -math.inf)
+    return PenaltySums(
+        exponential.flatten().logsumexp(0),
+        partition.flatten().logsumexp(0),
+        logits.shape[1],
+    )
+
+
+def penex_rows(
+    batch: Batch,
+    alpha: float,
+    log_penalty: float | Tensor,
+    log_threshold: float | None,
+    reduction: str,
+) -> Tensor:
+    """The loss of each row, (N, d1, ...), divided by the denominator if it will be averaged.
+
+    Every factor enters the exponent, so that a product is finite wherever it can be represented,
+    even where a factor of it cannot.
+    """
+    divisor = batch.denominator if reduction == "mean" else 1.0
+    log_mass, rest, live = _log_factor(batch.mass / divisor)
+    u = -alpha * batch.select(batch.logits)
+    u = u.where(live, u.clamp(max=_LARGEST_EXPONENT))
+    if log_threshold is None:
+        exponential = torch.exp(u + log_mass)
+    else:  # relu has slope 0 at 0: at the threshold the slope is counted once
+        tail = 1 + F.relu(u - log_threshold)
+        exponential = torch.exp(u.clamp(max=log_threshold) + log_mass) * tail
+    log_total, total_rest, kept = (part.unsqueeze(1) for part in _log_factor(batch.total / divisor))
+    f = batch.logits + (log_total + log_penalty)
+    partition = torch.exp(f.where(kept, f.clamp(max=_LARGEST_EXPONENT)))
+    return (exponential * rest).sum(1) + (partition * total_rest).sum(1)
+
+
+def _log_factor(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log m, r, m > 0) with m = exp(log m) * r, differentiable in m at zero too."""
+    live = factor > 0
+    return factor.where(live, 1.0).log(), factor.where(~live, 1.0), live
+
+
+def _log_threshold(huberization: float | None) -> float | None:
+    return None if huberization is None else math.log(positive("huberization", huberization))
+
+
+def _mean_terms(rows: Tensor, batch: Batch, reduction: str) -> Tensor:
+    return rows / batch.denominator if reduction == "mean" else rows
+
+
+def reduce_rows(rows: Tensor, input: Tensor, reduction: str) -> Tensor:
+    """Sum the rows unless each is wanted, in the shape and dtype that cross_entropy would give."""
+    if reduction != "none":
+        rows = rows.sum()
+    elif input.ndim == 1:
+        rows = rows.squeeze(0)
+    # Under autocast cross_entropy runs in, and returns, float32: a float16 loss would overflow
+    # as soon as a gradient scaler multiplies it.
+    device = input.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return rows if autocast else rows.to(input.dtype)

@@ -1,0 +1,253 @@
+r"""From trained logits to probabilities, and out to other runtimes.
+
+PENEX is minimised by :math:`f_j = \log(\alpha p_j / \rho) / (1 + \alpha)`, so the probabilities
+are :math:`\operatorname{softmax}((1+\alpha) f)`: the factor undoes the exponent
+:math:`1 / (1+\alpha)` with which the loss writes them into the logits. It leaves the predicted
+class alone.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from penex._inputs import positive
+
+__all__ = ["Calibrated", "fold_temperature", "predict_log_proba", "predict_proba"]
+
+
+def predict_log_proba(input: Tensor, sensitivity: float, dim: int = 1) -> Tensor:
+    r"""Log-probabilities of logits trained with PENEX, the logarithm of :func:`predict_proba`.
+
+    Args:
+        input: Logits, floating point, any shape.
+        sensitivity: The :math:`\alpha > 0` of the loss that trained them.
+        dim: The class dimension.
+
+    Returns:
+        Log-probabilities, shape and dtype of `input`, computed in float32 or better.
+
+    Raises:
+        TypeError: `input` is not floating point, or `sensitivity` not a number.
+        ValueError: `sensitivity` is not finite and positive.
+
+    Example:
+        >>> predict_log_proba(torch.tensor([[2.0, 0.0]]), 0.5)
+        tensor([[-0.0486, -3.0486]])
+    """
+    return F.log_softmax(_scaled(input, sensitivity), dim).to(input.dtype)
+
+
+def predict_proba(input: Tensor, sensitivity: float, dim: int = 1) -> Tensor:
+    r"""Probabilities of logits trained with PENEX, :math:`\operatorname{softmax}((1+\alpha) f)`.
+
+    Args:
+        input: Logits, floating point, any shape.
+        sensitivity: The :math:`\alpha > 0` of the loss that trained them.
+        dim: The class dimension.
+
+    Returns:
+        Probabilities, shape and dtype of `input`, computed in float32 or better.
+
+    Raises:
+        TypeError: `input` is not floating point, or `sensitivity` not a number.
+        ValueError: `sensitivity` is not finite and positive.
+
+    Example:
+        >>> predict_proba(torch.tensor([[2.0, 0.0]]), 0.5)
+        tensor([[0.9526, 0.0474]])
+    """
+    return F.softmax(_scaled(input, sensitivity), dim).to(input.dtype)
+
+
+def _scaled(input: Tensor, sensitivity: float) -> Tensor:
+    alpha = positive("sensitivity", sensitivity)
+    if not input.is_floating_point():
+        raise TypeError(f"input: expected floating-point logits, got {input.dtype}")
+    return (1 + alpha) * (input if input.dtype == torch.float64 else input.float())
+
+
+class Calibrated(nn.Module):
+    r"""A model trained with PENEX together with its inference: inputs in, probabilities out.
+
+    For :func:`torch.export.export`, ONNX and serving. The wrapped model is not changed.
+
+    Args:
+        model: Returns logits, shape (N, K) or (N, K, d1, ...).
+        sensitivity: The :math:`\alpha > 0` it was trained with.
+
+    Raises:
+        ValueError: `sensitivity` is not finite and positive, or `model` has been folded with
+            :func:`fold_temperature` and needs no factor any more.
+
+    Example:
+        >>> model = Calibrated(torch.nn.Linear(3, 2), sensitivity=0.1)
+        >>> bool(torch.allclose(model(torch.zeros(1, 3)).sum(1), torch.ones(1)))
+        True
+    """
+
+    def __init__(self, model: nn.Module, sensitivity: float) -> None:
+        super().__init__()
+        for name, module in model.named_modules():
+            if _FOLDED in vars(module):
+                raise ValueError(
+                    f"model: its layer {name!r} has been folded, so the softmax of its output is "
+                    "right already; expected a model without fold_temperature"
+                )
+        self.model = model
+        self.sensitivity = positive("sensitivity", sensitivity)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Probabilities, shape of the model's logits."""
+        return predict_proba(self.model(*args, **kwargs), self.sensitivity)
+
+
+def fold_temperature(module: nn.Module, sensitivity: float) -> nn.Module:
+    r"""Scale the last linear layer by :math:`1 + \alpha`, in place, so that plain softmax is right.
+
+    Fold a copy meant for deployment. The criterion and further training need the logits as they
+    were, and a state dict does not tell whether it has been folded; the module does, and refuses to
+    be folded twice.
+
+    The last layer is `module` itself if it is linear or a convolution; otherwise it is found by
+    following the traced computation back from the output, through operations that a factor passes
+    (dropout, flatten, reshape, mean, average pooling, interpolation). Where tracing fails, give the
+    layer itself, for example ``fold_temperature(model.classifier, 0.1)``.
+
+    Args:
+        module: The model, in full precision or half.
+        sensitivity: The :math:`\alpha > 0` it was trained with.
+
+    Returns:
+        `module`.
+
+    Raises:
+        ValueError: `sensitivity` is not finite and positive; the last layer cannot be identified,
+            or cannot be scaled alone, because it is used more than once, shares its weight or is
+            parametrized; or it was folded before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> x = torch.randn(5, 3)
+        >>> before = predict_proba(model(x), 0.1)
+        >>> bool(torch.allclose(fold_temperature(model, 0.1)(x).softmax(1), before))
+        True
+    """
+    factor = 1 + positive("sensitivity", sensitivity)
+    name, layer = _last_layer(module)
+    if _FOLDED in vars(layer):
+        raise ValueError(
+            f"module: its layer {name!r} was folded already, with sensitivity "
+            f"{getattr(layer, _FOLDED)}; folding again would sharpen the probabilities"
+        )
+    _check_alone(module, name, layer)
+    with torch.no_grad():
+        for parameter in layer.parameters(recurse=False):
+            parameter.mul_(factor)
+    setattr(layer, _FOLDED, float(sensitivity))
+    return module
+
+
+_FOLDED = "_penex_folded_sensitivity"
+_LINEAR = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+# What a factor passes: g(c x) = c g(x).
+_PASSING_MODULES = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+    nn.Upsample,
+)
+_PASSING_FUNCTIONS = (torch.flatten, torch.mean, torch.squeeze, F.dropout, F.interpolate)
+_PASSING_METHODS = (
+    "contiguous",
+    "flatten",
+    "float",
+    "mean",
+    "permute",
+    "reshape",
+    "squeeze",
+    "transpose",
+    "view",
+)
+
+
+def _last_layer(module: nn.Module) -> tuple[str, nn.Module]:
+    if isinstance(module, _LINEAR):
+        return type(module).__name__, module
+    advice = "give the layer itself, such as fold_temperature(model.classifier, sensitivity)"
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception as error:  # tracing runs the user's forward, which may raise anything
+        raise ValueError(
+            f"module: cannot identify the last layer of {type(module).__name__}, as its forward "
+            f"cannot be traced ({type(error).__name__}: {error}); {advice}"
+        ) from error
+    node: Any = next(node for node in graph.nodes if node.op == "output").args[0]
+    while isinstance(node, fx.Node):
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, _LINEAR):
+            _check_used_once(module, graph, str(node.target), layer)
+            return str(node.target), layer
+        if not (
+            isinstance(layer, _PASSING_MODULES)
+            or (node.op == "call_function" and node.target in _PASSING_FUNCTIONS)
+            or (node.op == "call_method" and node.target in _PASSING_METHODS)
+        ):
+            break
+        node = node.args[0] if node.args else node.kwargs.get("input")
+    found = type(layer).__name__ if isinstance(node, fx.Node) and layer is not None else node
+    raise ValueError(
+        f"module: cannot identify the last layer of {type(module).__name__}; expected its output "
+        f"to be that of a linear layer or convolution, it comes from {found}; {advice}"
+    )
+
+
+def _check_used_once(module: nn.Module, graph: fx.Graph, name: str, layer: nn.Module) -> None:
+    """Refuse a layer that the forward calls again, or whose weights it reads directly."""
+    uses = [
+        node
+        for node in graph.nodes
+        if (node.op == "call_module" and module.get_submodule(str(node.target)) is layer)
+        or (node.op == "get_attr" and str(node.target).startswith(f"{name}."))
+    ]
+    if len(uses) > 1:
+        raise ValueError(
+            f"module: its last layer {name!r} is used {len(uses)} times in one forward; scaling it "
+            "would change more than the output, so use Calibrated or predict_proba"
+        )
+
+
+def _check_alone(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Refuse a layer whose weights do more than make the output."""
+    # The older weight_norm, spectral_norm and prune leave a plain tensor where the weight was.
+    if parametrize.is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
+        raise ValueError(
+            f"module: its last layer {name!r} is parametrized; remove the parametrization first"
+        )
+    own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+    uses = [n for n, p in module.named_parameters(remove_duplicate=False) if id(p) in own]
+    if len(uses) > len(own):
+        raise ValueError(
+            f"module: the weights of its last layer are shared ({', '.join(uses)}); scaling them "
+            "would change more than the output, so use Calibrated or predict_proba"
+        )

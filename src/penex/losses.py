@@ -1,0 +1,282 @@
+"""The losses as modules: they hold arguments and the running penalty, and call the functions."""
+
+import math
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from penex import functional, inference
+from penex._inputs import check_options, choice, number, positive, prepare
+from penex.functional import PenaltySums
+
+__all__ = ["PENEX", "ConfidencePenaltyLoss", "FocalLoss"]
+
+
+class _Loss(nn.Module):
+    """The keywords of :class:`torch.nn.CrossEntropyLoss`, checked and held."""
+
+    weight: Tensor | None
+
+    def __init__(
+        self, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+    ) -> None:
+        super().__init__()
+        check_options(ignore_index, reduction, label_smoothing)
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+        if weight is not None and weight.ndim != 1:
+            raise ValueError(
+                f"weight: expected one weight per class, shape (K,), got {tuple(weight.shape)}"
+            )
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+
+    def extra_repr(self) -> str:
+        return (
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
+            f"label_smoothing={self.label_smoothing}"
+        )
+
+
+class PENEX(_Loss):
+    r"""Penalized exponential loss, in the place of :class:`torch.nn.CrossEntropyLoss`.
+
+    Computes :func:`penex.functional.penex_loss`, where shapes, options and the two differences to
+    cross-entropy are described, and holds the penalty :math:`\rho`. The model it trains predicts
+    :math:`\operatorname{softmax}((1+\alpha) f)`: :meth:`predict_proba`.
+
+    ``penalty_mode`` says where :math:`\rho` comes from:
+
+    - ``"running"`` (default): an exponential moving average of the batch estimates
+      :func:`penex.functional.estimate_penalty`; the first batch sets it, unless `penalty` gives
+      the start value, and each batch is computed with the average that includes it.
+    - ``"auto"``: each batch's own estimate.
+    - ``"fixed"`` (default if `penalty` is given): the constant `penalty`.
+
+    State: the buffer ``penalty``, 0-d, float32 whatever the module is cast to, NaN until a batch
+    has been seen. It is always there, so a fresh criterion loads a trained one's state strictly and
+    the other way round. It changes in training mode with gradients enabled, and then only; a batch
+    whose estimate means nothing (no kept row, a NaN or infinite logit) leaves it as it is. In
+    evaluation ``"running"`` uses it, or the batch's own estimate before any was seen.
+
+    Args:
+        weight: Class weights, shape (K).
+        sensitivity: :math:`\alpha > 0`.
+        penalty_mode: ``"running"``, ``"auto"`` or ``"fixed"``.
+        penalty: :math:`\rho`, the constant of ``"fixed"`` or the start of ``"running"``.
+        penalty_min: Estimates are clamped to at least this.
+        penalty_max: Estimates are clamped to at most this.
+        ema: Share of the newest estimate in the running penalty, in [0, 1].
+        huberization: As in :func:`penex.functional.penex_loss`.
+        ignore_index: As in :func:`penex.functional.penex_loss`.
+        reduction: As in :func:`penex.functional.penex_loss`.
+        label_smoothing: As in :func:`penex.functional.penex_loss`.
+        process_group: Estimate :math:`\rho` over the batches of all ranks of this group, in
+            training; every rank must then call the criterion the same number of times. None: from
+            the local batch alone, so that under data parallelism each rank has its own.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> criterion = PENEX(sensitivity=0.1)
+        >>> logits = torch.zeros(2, 4, requires_grad=True)
+        >>> loss = criterion(logits, torch.tensor([0, 3]))
+        >>> loss.backward()
+        >>> criterion.penalty  # alpha / K at f = 0
+        tensor(0.0250)
+    """
+
+    penalty: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        sensitivity: float = 0.1,
+        penalty_mode: str | None = None,
+        penalty: float | None = None,
+        penalty_min: float = 1e-10,
+        penalty_max: float = 100.0,
+        ema: float = 0.1,
+        huberization: float | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
+        if penalty_mode is None:
+            penalty_mode = "running" if penalty is None else "fixed"
+        self.penalty_mode = choice("penalty_mode", penalty_mode, ("running", "auto", "fixed"))
+        if penalty is not None:
+            penalty = _float32("penalty", penalty)
+        if penalty_mode == "fixed" and penalty is None:
+            raise ValueError("penalty: penalty_mode='fixed' needs a positive number, got None")
+        if penalty_mode == "auto" and penalty is not None:
+            raise ValueError(f"penalty: penalty_mode='auto' estimates it, got {penalty}")
+        functional.check_penalty_bounds(penalty_min, penalty_max)
+        self.sensitivity = positive("sensitivity", sensitivity)
+        self.penalty_min = _float32("penalty_min", penalty_min)
+        self.penalty_max = _float32("penalty_max", penalty_max)
+        self.ema = number("ema", ema, 0.0, 1.0)
+        self.huberization = None if huberization is None else positive("huberization", huberization)
+        self.process_group = process_group
+        start = math.nan if penalty is None else penalty
+        self.register_buffer("penalty", torch.tensor(start, dtype=torch.float32))
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of `input` (logits) and `target`, as :func:`penex.functional.penex_loss`."""
+        log_threshold = None if self.huberization is None else math.log(self.huberization)
+        batch = prepare(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+        if self.penalty_mode == "fixed":
+            log_penalty = self.penalty.log()
+        else:
+            sums = functional.penalty_sums(batch, self.sensitivity, log_threshold)
+            learning = self.training and torch.is_grad_enabled()
+            log_penalty = self._log_penalty(sums, learning)
+        rows = functional.penex_rows(
+            batch, self.sensitivity, log_penalty, log_threshold, self.reduction
+        )
+        return functional.reduce_rows(rows, input, self.reduction)
+
+    @torch.no_grad()
+    def _log_penalty(self, sums: PenaltySums, learning: bool) -> Tensor:
+        """log of the penalty for a batch with these sums, absorbed first if `learning`."""
+        if learning and self.process_group is not None:
+            sums = sums.over_ranks(self.process_group)
+        bounds = self.sensitivity, self.penalty_min, self.penalty_max
+        if learning:
+            new = sums.penalty(*bounds).to(self.penalty.dtype)
+            if self.penalty_mode == "running":
+                average = self.penalty.lerp(new, self.ema)
+                new = average.where(~self.penalty.isnan(), new)
+            self.penalty.copy_(new.where(sums.finite, self.penalty))
+        estimate = sums.log_penalty(*bounds)
+        if self.penalty_mode == "auto":
+            return estimate
+        return self.penalty.log().to(estimate.dtype).where(~self.penalty.isnan(), estimate)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the penalty like any buffer, but keep it float32: 1e-10 is 0 in float16."""
+        penalty = self.penalty
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.penalty.dtype != torch.float32:
+            self.penalty = penalty.to(self.penalty.device)
+        return self
+
+    def extra_repr(self) -> str:
+        penalty = f", penalty={self.penalty.item():g}" if self.penalty_mode == "fixed" else ""
+        return (
+            f"sensitivity={self.sensitivity}, penalty_mode={self.penalty_mode!r}{penalty}, "
+            f"{super().extra_repr()}"
+        )
+
+    def predict_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
+        """Class probabilities of logits trained with this loss.
+
+        :func:`penex.inference.predict_proba` with this sensitivity. `dim` is the class dimension;
+        None: 1, or 0 for unbatched input.
+        """
+        return inference.predict_proba(input, self.sensitivity, _class_dim(input, dim))
+
+    def predict_log_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
+        """Logarithm of :meth:`predict_proba`, computed without leaving the log domain."""
+        return inference.predict_log_proba(input, self.sensitivity, _class_dim(input, dim))
+
+
+class FocalLoss(_Loss):
+    """Focal loss with the keywords of :class:`torch.nn.CrossEntropyLoss`.
+
+    Computes :func:`penex.functional.focal_loss`, where the arguments are described.
+    """
+
+    def __init__(
+        self,
+        gamma: float = 2.0,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
+        self.gamma = number("gamma", gamma, 0.0, math.inf)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of `input` (logits) and `target`."""
+        return functional.focal_loss(
+            input,
+            target,
+            gamma=self.gamma,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, {super().extra_repr()}"
+
+
+class ConfidencePenaltyLoss(_Loss):
+    """Confidence penalty with the keywords of :class:`torch.nn.CrossEntropyLoss`.
+
+    Computes :func:`penex.functional.confidence_penalty_loss`, where the arguments are described.
+    """
+
+    def __init__(
+        self,
+        strength: float = 0.1,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
+        self.strength = number("strength", strength, 0.0, math.inf)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of `input` (logits) and `target`."""
+        return functional.confidence_penalty_loss(
+            input,
+            target,
+            strength=self.strength,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def extra_repr(self) -> str:
+        return f"strength={self.strength}, {super().extra_repr()}"
+
+
+def _class_dim(input: Tensor, dim: int | None) -> int:
+    return min(1, input.ndim - 1) if dim is None else dim
+
+
+def _float32(name: str, value: object) -> float:
+    """`value` as a float, refused unless positive and float32, the buffer's dtype, holds it."""
+    result = positive(name, value)
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= result <= limits.max:
+        raise ValueError(
+            f"{name}: expected a number that float32 can hold, "
+            f"in [{limits.tiny:.3g}, {limits.max:.3g}], got {result:g}"
+        )
+    return result

@@ -1,0 +1,722 @@
+"""Reading and splitting, on real files; each refusal with the part of the message that helps."""
+
+import gzip
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
+
+from penex.compare.data import Dataset, load
+from penex.compare.errors import CompareError
+from penex.compare.splits import Split, split
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("PENEX_DATA", ROOT.parent / "shared" / "data"))
+DEFAULTS: dict[str, Any] = {
+    "seed": 0,
+    "train_size": None,
+    "validation_size": 0.2,
+    "test_size": 0.2,
+    "label_noise": 0.0,
+}
+
+
+def cut(dataset: Dataset, **changes: Any) -> Split:
+    return split(dataset, **(DEFAULTS | changes))
+
+
+def same(a: Split, b: Split) -> bool:
+    return all(
+        np.array_equal(x, y)
+        for p, q in zip(parts(a), parts(b), strict=True)
+        for x, y in zip(p, q, strict=True)
+    )
+
+
+def parts(s: Split) -> tuple[Any, Any, Any]:
+    return s.train, s.validation, s.test
+
+
+def table(n: int = 120) -> pd.DataFrame:
+    """Every kind of column, with gaps, and a name that HTML and CSV must quote."""
+    rng = np.random.default_rng(7)
+    i = np.arange(n)
+    frame = pd.DataFrame(
+        {
+            "number": rng.normal(1e6, 3.0, n),
+            "gaps": np.where(i % 5 == 0, np.nan, rng.normal(size=n)),
+            '<b>naïve, "quoted"</b>\n日本': np.array(["rot", "grün", "blåu", 'a,"b'])[i % 4],
+            "day": [str(date(2023, 12, 1) + timedelta(days=int(k))) for k in i],
+            "flag": i % 3 == 0,
+            "flag with gaps": [None if k % 7 == 0 else bool(k % 2) for k in i],
+            "mostly number": ["?" if k % 9 == 0 else str(k) for k in i],
+            "free text": [f"Straße {k * 37 % n} – {'links' if k % 2 else 'rechts'}" for k in i],
+            "constant": "k",
+            "nothing": None,
+            "label": np.array(["ja", "nein", "vielleicht"])[rng.permutation(i % 3)],
+        }
+    )
+    frame["day"] = frame["day"].where(i % 11 != 0)
+    return frame
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Path:
+    path = tmp_path / "täble.csv"
+    table().to_csv(path, index=False)
+    return path
+
+
+def written(tmp_path: Path, text: str, name: str = "t.csv") -> str:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def npz(tmp_path: Path, **arrays: Any) -> str:
+    path = tmp_path / "a.npz"
+    np.savez(path, **arrays)
+    return str(path)
+
+
+# ---- reading ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes"),
+    [
+        ("digits", (1797, 8, 8), tuple("0123456789")),
+        ("wine", (178, 13), ("class_0", "class_1", "class_2")),
+        ("breast_cancer", (569, 30), ("benign", "malignant")),
+        ("iris", (150, 4), ("setosa", "versicolor", "virginica")),
+    ],
+)
+def test_bundled(name: str, shape: tuple[int, ...], classes: tuple[str, ...]) -> None:
+    from sklearn import datasets
+
+    ours, theirs = load(name), getattr(datasets, f"load_{name}")()
+    assert (ours.name, ours.classes, ours.features.shape) == (name, classes, shape)
+    assert isinstance(ours.features, np.ndarray)
+    assert (ours.features.dtype, ours.target.dtype) == (np.float32, np.int64)
+    flat = ours.features.reshape(len(ours.target), -1)
+    np.testing.assert_array_equal(flat, theirs.data.astype(np.float32))
+    # The codes follow the sorted names, which is not scikit-learn's order for breast_cancer.
+    assert [ours.classes[k] for k in ours.target] == [
+        str(theirs.target_names[k]) for k in theirs.target
+    ]
+
+
+def test_column_kinds(csv: Path) -> None:
+    data = load(str(csv), "label")
+    frame = table()
+    assert data.name == "täble"
+    assert data.classes == ("ja", "nein", "vielleicht")
+    assert isinstance(data.features, pd.DataFrame)
+    assert list(data.features.columns) == [c for c in frame.columns if c != "label"]
+    numbers = {"number", "gaps", "flag", "flag with gaps", "mostly number", "nothing"}
+    assert set(data.features.columns[data.features.dtypes == np.float64]) == numbers
+    assert pd.api.types.is_datetime64_any_dtype(data.features["day"])
+    np.testing.assert_array_equal(data.features["gaps"], frame["gaps"])
+    np.testing.assert_array_equal(data.features["flag with gaps"][:3], [np.nan, 1.0, 0.0])
+    np.testing.assert_array_equal(data.features["mostly number"][:3], [np.nan, 1.0, 2.0])
+    assert data.features["day"].isna().sum() == frame["day"].isna().sum() == 11
+    assert [data.classes[k] for k in data.target] == list(frame["label"])
+
+
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.tsv", "t.tsv.gz", "T.CSV", "bom.csv"])
+def test_same_content_same_dataset(csv: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    separator = "\t" if "tsv" in name else ","
+    compression = "gzip" if name.endswith(".gz") else None
+    encoding = "utf-8-sig" if name == "bom.csv" else "utf-8"
+    table().to_csv(path, index=False, sep=separator, compression=compression, encoding=encoding)
+    other, data = load(str(path), "label"), load(str(csv), "label")
+    assert other.fingerprint == data.fingerprint
+    assert other.name == name.split(".")[0]
+
+
+def test_parquet_reads_as_csv(csv: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    frame = table()
+    frame["day"] = pd.to_datetime(frame["day"]).dt.date  # date32, not text
+    frame["flag with gaps"] = frame["flag with gaps"].astype("boolean")
+    frame["nothing"] = frame["nothing"].astype("float64")
+    frame.to_parquet(path)
+    assert load(str(path), "label").fingerprint == load(str(csv), "label").fingerprint
+
+
+def test_parquet_types(tmp_path: Path) -> None:
+    from decimal import Decimal
+
+    path, i = tmp_path / "t.parquet", np.arange(30)
+    frame = pd.DataFrame(
+        {
+            "decimal": [Decimal(int(k)) / 4 for k in i],
+            "nullable": pd.array([None if k % 4 == 0 else k for k in i], dtype="Int64"),
+            "duration": pd.to_timedelta(i, unit="h"),
+            "zoned": pd.date_range("2024-03-30", periods=30, freq="h", tz="Europe/Paris"),
+            "category": pd.Categorical([("a", "b", None)[k % 3] for k in i]),
+            "label": i % 2,
+        },
+        index=pd.Index(i * 2, name="kept index"),
+    )
+    frame.to_parquet(path)
+    data = load(str(path), "label")
+    assert data.classes == ("0", "1")
+    assert isinstance(data.features, pd.DataFrame)
+    np.testing.assert_array_equal(data.features["kept index"], i * 2)
+    np.testing.assert_array_equal(data.features["duration"], i * 3600.0)
+    np.testing.assert_array_equal(data.features["decimal"], i / 4)
+    s = cut(data, validation_size=0.3)
+    # 4 numbers and 1 gap indicator; year is constant but day, month, hour, seconds stay (5); 3
+    # categories, missing among them.
+    assert s.train[0].shape[1] == 5 + 5 + 3
+
+
+def test_numeric_labels_are_sorted_by_value_and_whole(tmp_path: Path) -> None:
+    rows = "".join(f"{i},{label}\n" for i, label in enumerate([10, 2, 1] * 4))
+    assert load(written(tmp_path, "x,y\n" + rows), "y").classes == ("1", "2", "10")
+    halves = "".join(f"{i},{label}\n" for i, label in enumerate([2.0, 1.5, 10.0] * 5))
+    assert load(written(tmp_path, "x,y\n" + halves), "y").classes == ("1.5", "2.0", "10.0")
+    x = np.zeros((6, 1))
+    assert load(npz(tmp_path, X=x, y=np.array([3.0, 1, 3, 1, 3, 1]))).classes == ("1", "3")
+    assert load(npz(tmp_path, X=x, y=np.array([True, False] * 3))).classes == ("False", "True")
+    assert load(npz(tmp_path, X=x, y=np.array(["ü", "o"] * 3))).classes == ("o", "ü")
+    assert load(npz(tmp_path, X=x, y=np.array([b"u", b"o"] * 3))).classes == ("o", "u")
+
+
+def test_row_numbers_are_no_feature(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    frame = pd.DataFrame({"x": np.arange(9) / 2, "y": [0, 1, 2] * 3})
+    frame.iloc[::-1].to_csv(path)
+    features = load(str(path), "y").features
+    assert isinstance(features, pd.DataFrame)
+    assert list(features.columns) == ["x"]
+    # A nameless column that holds anything else stays.
+    frame.set_index("x").to_csv(path, index_label="")
+    features = load(str(path), "y").features
+    assert isinstance(features, pd.DataFrame)
+    assert list(features.iloc[:, 0]) == list(frame["x"])
+    frame.assign(x=[1, 2, 3] * 3).set_index("x").assign(z=1).to_csv(path, index_label="")
+    features = load(str(path), "y").features
+    assert isinstance(features, pd.DataFrame)
+    assert list(features.iloc[:, 0]) == [1, 2, 3] * 3
+
+
+def test_repeated_row_labels_in_parquet(csv: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    frame = pd.read_csv(csv)
+    frame.index = pd.Index(np.arange(120) // 2)
+    frame.to_parquet(path)
+    assert load(str(path), "label").fingerprint == load(str(csv), "label").fingerprint
+
+
+def test_npz_keeps_shape(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 255, (50, 3, 5, 7), dtype=np.uint8)
+    data = load(npz(tmp_path, X=x, y=np.arange(50) % 2))
+    assert isinstance(data.features, np.ndarray)
+    np.testing.assert_array_equal(data.features, x.astype(np.float32))
+    s = cut(data)
+    assert [p[0].shape for p in parts(s)] == [(32, 3, 5, 7), (8, 3, 5, 7), (10, 3, 5, 7)]
+
+
+# ---- fingerprint -----------------------------------------------------------------------------
+
+
+def test_fingerprint_in_another_process(csv: Path) -> None:
+    code = (
+        "import sys; from penex.compare.data import load; from penex.compare.splits import split\n"
+        "import hashlib; d = load(sys.argv[1], 'label'); s = split(d, seed=3, train_size=60, "
+        "validation_size=.2, test_size=.2, label_noise=.1)\n"
+        "h = hashlib.sha256()\n"
+        "for part in (s.train, s.validation, s.test):\n"
+        "    for a in part: h.update(a.tobytes())\n"
+        "print(d.fingerprint, h.hexdigest(), load('iris').fingerprint)"
+    )
+    answers = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(csv)],
+            env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads,
+                              "OPENBLAS_NUM_THREADS": threads},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed, threads in (("0", "1"), ("1234", "2"))
+    }  # fmt: skip
+    assert len(answers) == 1
+    assert answers.pop().split()[0] == load(str(csv), "label").fingerprint
+
+
+def changed(frame: pd.DataFrame, row: int, column: str, value: Any) -> pd.DataFrame:
+    frame = frame.astype({column: object})
+    frame.loc[row, column] = value
+    return frame
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: changed(f, 1, "number", f["number"][1] + 1e-9),
+        lambda f: changed(f, 1, "gaps", None),
+        lambda f: changed(f, 0, "gaps", 0.0),
+        lambda f: changed(f, 1, "free text", "other"),
+        lambda f: changed(f, 1, "day", "2023-12-03"),
+        lambda f: changed(f, 2, "label", "nein" if f["label"][2] == "ja" else "ja"),
+        lambda f: f.rename(columns={"gaps": "Gaps"}),
+        lambda f: f.assign(label=f["label"].replace("ja", "si")),
+        lambda f: f.iloc[::-1],
+        lambda f: f.iloc[:-1],
+        lambda f: f.drop(columns="nothing"),
+    ],
+)
+def test_fingerprint_differs(
+    csv: Path, tmp_path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]
+) -> None:
+    other = tmp_path / "other.csv"
+    change(table()).to_csv(other, index=False)
+    assert load(str(other), "label").fingerprint != load(str(csv), "label").fingerprint
+
+
+def test_fingerprint_of_arrays_differs(tmp_path: Path) -> None:
+    x, y = np.arange(24.0).reshape(6, 4), np.array([0, 1] * 3)
+    variants = [
+        {"X": x, "y": y},
+        {"X": x.reshape(6, 2, 2), "y": y},
+        {"X": x + 1, "y": y},
+        {"X": x, "y": 1 - y},
+        {"X": x, "y": y + 1},
+    ]
+    prints = [load(npz(tmp_path, **v)).fingerprint for v in variants]
+    assert len(set(prints)) == len(prints)
+
+
+# ---- splitting -------------------------------------------------------------------------------
+
+
+def numbered(dataset: Dataset) -> Dataset:
+    """The same labels, each row's features being the binary digits of its number."""
+    n = len(dataset.target)
+    bits = (np.arange(n)[:, None] >> np.arange(n.bit_length())) & 1
+    return replace(dataset, features=bits.astype(np.float32))
+
+
+def row_numbers(dataset: Dataset, **changes: Any) -> list[list[int]]:
+    """Row numbers of each part in order: standardisation keeps the sign of a digit's deviation."""
+    s = cut(numbered(dataset), **changes)
+    return [((x > 0) @ (1 << np.arange(x.shape[1]))).tolist() for x, _ in parts(s)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    counts=st.lists(st.integers(20, 90), min_size=2, max_size=6),
+    seed=st.integers(0, 2**31),
+    v=st.sampled_from([0.1, 0.2, 0.5]),
+    t=st.sampled_from([0.1, 0.2, 0.4]),
+)
+def test_parts_are_disjoint_complete_and_stratified(
+    counts: list[int], seed: int, v: float, t: float
+) -> None:
+    y = np.repeat(np.arange(len(counts)), counts)
+    data = Dataset("h", np.zeros((len(y), 1), np.float32), y, tuple(map(str, counts)), "")
+    sets = list(map(set, row_numbers(data, seed=seed, validation_size=v, test_size=t)))
+    total = len(y)
+    assert sorted(set.union(*sets)) == list(range(total))
+    assert len(sets[2]) == round(t * total)
+    assert len(sets[1]) == round(v * (total - round(t * total)))
+    for rows in sets:
+        got = np.bincount(y[list(rows)], minlength=len(counts))
+        share = np.array(counts) * len(rows) / total
+        # One row from each of the two successive roundings.
+        assert (np.abs(got - share) < 2.0).all()
+        assert (got > 0).all()
+
+
+def test_labels_travel_with_their_rows() -> None:
+    digits = load("digits")
+    for rows, (_, y) in zip(
+        row_numbers(digits, train_size=300), parts(cut(digits, train_size=300)), strict=True
+    ):
+        assert len(set(rows)) == len(rows)
+        assert np.array_equal(digits.target[rows], y)
+
+
+def test_train_size_and_unused_rows() -> None:
+    digits = load("digits")
+    s = cut(digits, train_size=300)
+    assert [len(p[1]) for p in parts(s)] == [300, 75, 359]
+    assert [len(p[1]) for p in parts(cut(digits))] == [1150, 288, 359]
+    assert len(cut(digits, train_size=302, validation_size=0.25).validation[1]) == 101  # 100.67
+
+
+def test_test_rows_depend_on_seed_and_share_alone() -> None:
+    digits = load("digits")
+    test = row_numbers(digits)[2]
+    for change in (
+        {"train_size": 100},
+        {"train_size": 301, "label_noise": 0.3},
+        {"validation_size": 0.4},
+    ):
+        assert row_numbers(digits, **change)[2] == test
+    assert set(row_numbers(digits, seed=1)[2]) != set(test)
+
+
+def test_seeds_differ_and_repeat(csv: Path) -> None:
+    for data in (load("wine"), load(str(csv), "label")):
+        first = cut(data, seed=5, label_noise=0.2)
+        assert same(first, cut(data, seed=5, label_noise=0.2))
+        assert not same(first, cut(data, seed=6, label_noise=0.2))
+
+
+@settings(max_examples=20, deadline=None)
+@given(noise=st.floats(0, 0.99), seed=st.integers(0, 1000), name=st.sampled_from(["iris", "wine"]))
+def test_noise_is_exact_and_on_training_only(noise: float, seed: int, name: str) -> None:
+    data = load(name)
+    clean, noisy = cut(data, seed=seed), cut(data, seed=seed, label_noise=noise)
+    n = len(clean.train[1])
+    assert (clean.train[1] != noisy.train[1]).sum() == round(noise * n)
+    assert set(noisy.train[1]) <= set(range(3))
+    assert np.array_equal(clean.train[0], noisy.train[0])
+    for a, b in zip(parts(clean)[1:], parts(noisy)[1:], strict=True):
+        assert np.array_equal(a[0], b[0])
+        assert np.array_equal(a[1], b[1])
+
+
+def test_noise_is_uniform_over_other_classes_and_nested() -> None:
+    digits = load("digits")
+    moves = np.zeros((10, 10))
+    for seed in range(30):
+        clean = cut(digits, seed=seed).train[1]
+        noisy = cut(digits, seed=seed, label_noise=0.9).train[1]
+        np.add.at(moves, (clean, (noisy - clean) % 10), 1)
+    shifts = moves.sum(0)[1:]  # by (new - old) mod 10; 0 is "unchanged"
+    expected = shifts.sum() / 9
+    assert ((shifts - expected) ** 2 / expected).sum() < 26.1  # chi-square, 8 dof, p = 0.001
+    little, much = (cut(digits, label_noise=r).train[1] for r in (0.1, 0.3))
+    clean = cut(digits).train[1]
+    touched = little != clean
+    assert np.array_equal(little[touched], much[touched])
+
+
+def test_arrays_are_ready_for_training(csv: Path) -> None:
+    for data in (load("digits"), load(str(csv), "label")):
+        for x, y in parts(cut(data)):
+            assert (x.dtype, y.dtype) == (np.float32, np.int64)
+            assert x.flags.c_contiguous
+            assert y.flags.c_contiguous
+            assert np.isfinite(x).all()
+
+
+def test_standardised_with_training_statistics(tmp_path: Path) -> None:
+    x = np.random.default_rng(1).normal(5, 3, (101, 4)) * [1, 1e-6, 1e9, 1]
+    x[:, 3] = 7
+    data = load(npz(tmp_path, X=x, y=np.arange(101) % 3))
+    s = cut(data)
+    train = s.train[0].astype(np.float64)
+    np.testing.assert_allclose(train.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(train.std(0), [1, 1, 1, 0], atol=1e-5)
+    # Training rows alone: the test part is on the same scale but not itself standardised.
+    assert abs(s.test[0][:, :3].mean()) > 1e-3
+
+
+def test_images_are_standardised_as_a_whole() -> None:
+    # A pixel that is 0 in nearly every training image must not reach the model a hundredfold.
+    train, *others = (x for x, _ in parts(cut(load("digits"), train_size=300)))
+    assert train.shape == (300, 8, 8)
+    assert abs(train.mean()) < 1e-5
+    assert abs(train.std() - 1) < 1e-5
+    assert all(np.abs(x).max() < 3 for x in others)
+
+
+def test_large_offset_keeps_its_digits(tmp_path: Path) -> None:
+    """A column near 1e9 with steps of one would be nearly constant in float32."""
+    i = np.arange(90)
+    text = "id,y\n" + "".join(f"{10**9 + k},{k % 2}\n" for k in i)
+    x = np.concatenate([p[0] for p in parts(cut(load(written(tmp_path, text), "y")))])
+    assert len(np.unique(x)) == 90
+
+
+def test_constant_in_training_is_zero_everywhere(tmp_path: Path) -> None:
+    """With a scale of 1 in its place, one odd test row would reach the model as 1e6."""
+    x = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    data = load(npz(tmp_path, X=x, y=np.arange(60) % 2))
+    test_rows = row_numbers(data)[2]
+    x[:, 1] = 1.0
+    x[test_rows, 1] = 1e6
+    s = cut(replace(data, features=x))
+    assert (s.train[0][:, 1] == 0).all()
+    assert (s.test[0][:, 1] == 0).all()
+    frame = pd.DataFrame({"a": x[:, 0].astype(np.float64), "b": x[:, 1].astype(np.float64)})
+    assert cut(replace(data, features=frame)).test[0].shape[1] == 1
+
+
+@pytest.mark.parametrize("train_size", [None, 60])
+def test_no_leakage(csv: Path, train_size: int | None) -> None:
+    """Whatever stands in validation, test and unused rows, the training arrays stay the same."""
+    data = load(str(csv), "label")
+    assert isinstance(data.features, pd.DataFrame)
+    before = cut(data, train_size=train_size)
+    elsewhere = np.setdiff1d(np.arange(120), row_numbers(data, train_size=train_size)[0])
+    frame = data.features.copy()
+    frame.loc[elsewhere, "number"] = 1e7
+    frame.loc[elsewhere, "gaps"] = np.nan
+    frame.loc[elsewhere, "nothing"] = 3.0
+    frame.loc[elsewhere, "constant"] = "new"
+    frame.loc[elsewhere, "free text"] = "an unseen sentence"
+    frame.loc[elsewhere, frame.columns[2]] = "unseen"
+    frame.loc[elsewhere, "day"] = pd.Timestamp("1999-09-09 09:09")
+    after = cut(replace(data, features=frame), train_size=train_size)
+    assert np.array_equal(before.train[0], after.train[0])
+    assert np.array_equal(before.train[1], after.train[1])
+    assert not np.array_equal(before.test[0], after.test[0])
+    assert np.isfinite(after.test[0]).all()
+
+
+def test_unseen_category_is_no_known_category(tmp_path: Path) -> None:
+    n = 60
+    frame = pd.DataFrame({"c": pd.Series(["a", "b"] * 30, dtype="str")})
+    data = Dataset("h", frame, np.arange(n) // 30, ("0", "1"), "")
+    test_rows = row_numbers(data)[2]
+    frame = frame.copy()
+    frame.loc[test_rows[:3], "c"] = "new"
+    x = cut(replace(data, features=frame))
+    assert len(np.unique(x.train[0], axis=0)) == 2
+    assert len(np.unique(np.concatenate([x.train[0], x.test[0]]), axis=0)) == 3
+
+
+def test_text_does_not_depend_on_threads() -> None:
+    letters = np.random.default_rng(0).choice(list("abcdefghij "), (500, 30))
+    frame = pd.DataFrame({"text": ["".join(row) for row in letters]})
+    data = Dataset("h", frame, np.arange(500) % 2, ("0", "1"), "")
+    splits = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            splits.append(cut(data))
+    assert splits[0].train[0].shape == (320, 30)
+    assert same(*splits)
+
+
+def test_reading_and_splitting_are_silent(csv: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = load(str(csv), "label")
+        assert isinstance(data.features, pd.DataFrame)
+        repeats = ["é" * (1 + i % 60) for i in range(120)]  # many categories, few fragments
+        cut(replace(data, features=data.features.assign(repeats=repeats)), train_size=60)
+
+
+def test_letter() -> None:
+    path = DATA / "letter" / "letter-recognition.csv"
+    if not path.is_file():
+        pytest.skip("no letter data set here")
+    data = load(str(path), "Letter")
+    raw = pd.read_csv(path)
+    assert data.classes == tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    assert [data.classes[k] for k in data.target] == list(raw["Letter"])
+    s = cut(data, train_size=1000)
+    assert [p[0].shape for p in parts(s)] == [(1000, 16), (250, 16), (4000, 16)]
+    assert (np.bincount(s.validation[1]) > 0).all()
+    share = np.bincount(data.target) / len(data.target)
+    assert np.abs(np.bincount(s.test[1]) / 4000 - share).max() < 1e-3
+
+
+# ---- refusals --------------------------------------------------------------------------------
+
+
+def rows(labels: str, header: str = "x,y") -> str:
+    return header + "\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels.split()))
+
+
+GOOD = "a b " * 6
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "message"),
+    [
+        (rows(GOOD), None, r"name the column to predict.*'x', 'y'"),
+        (rows(GOOD, "Größe,Label"), "label", r"no column 'label'.*'Größe', 'Label'.*mean 'Label'"),
+        (rows(GOOD) + "5,\n6,NA\n", "y", r"missing in 2 of 14 rows"),
+        (rows("a " * 9), "y", r"at least 2 classes.*'a'"),
+        (rows(GOOD + "c c d"), "y", r"too few in 2 of 4 classes: 'c' \(2\), 'd' \(1\)"),
+        (rows(GOOD) + "inf,a\n-inf,b\n", "y", r"'x' must be finite; 2 of its values"),
+        (rows(GOOD) + "?,a\ninf,b\n", "y", r"'x' must be finite; 1 of its values"),
+        (rows(GOOD) + "1e39,a\n", "y", r"'x' must be finite; 1 of"),
+        ("x,y\n", "y", r"no rows below its header"),
+        ("y\na\nb\n", "y", r"no feature columns beside 'y'"),
+        ("x,x,y\n1,2,a\n", "y", r"must differ, but 'x' come"),
+        ("", "y", r"cannot read .*No columns"),
+        ('x,y\n1,"a\n2,b\n', "y", r"cannot read .*EOF inside string"),
+        ("x,y\n1,a,3\n2,b,4\n", "y", r"cannot read .*[Ll]ength"),
+        ("x,y\n1,a\n2,b,4\n", "y", r"cannot read .*Expected 2 fields in line 3"),
+        (rows(" ".join(f"{k / 7}" for k in range(1, 40))), "y", r"39 different.*continuous"),
+        (rows(" ".join(["0.5", "inf", "1"] * 9)), "y", r"labels must be finite"),
+        (rows(" ".join(map(str, range(40)))), "y", r"too few in 40 of 40 classes: .*, \.\.\."),
+    ],
+)
+def test_table_refusals(tmp_path: Path, text: str, target: str | None, message: str) -> None:
+    with pytest.raises(CompareError, match=message) as caught:
+        load(written(tmp_path, text), target)
+    assert "\n" not in str(caught.value)
+
+
+X, Y = np.arange(24.0).reshape(12, 2), np.arange(12) % 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"X": X, "labels": Y}, r"exactly the arrays X, y; found 'X', 'labels'"),
+        ({"X": X, "y": Y, "z": Y}, r"found 'X', 'y', 'z'"),
+        ({"X": X, "y": Y[:-1]}, r"X of shape \(12, 2\) and y of shape \(11,\)"),
+        ({"X": X[:, 0], "y": Y}, r"X of shape \(12,\)"),
+        ({"X": X, "y": Y[:, None]}, r"y of shape \(12, 1\)"),
+        ({"X": X[:, :0], "y": Y}, r"\(12, 0\) holds no values"),
+        ({"X": X[:0], "y": Y[:0]}, r"\(0, 2\) holds no values"),
+        ({"X": np.where(X < 3, np.nan, X), "y": Y}, r"3 of 24 values are NaN"),
+        ({"X": np.where(X < 2, np.inf, X), "y": Y}, r"2 of 24 values"),
+        ({"X": np.where(X < 2, 1e300, X), "y": Y}, r"2 of 24 values"),
+        ({"X": X + 1j, "y": Y}, r"real numbers.*complex128"),
+        ({"X": X.astype(str), "y": Y}, r"real numbers.*<U"),
+        ({"X": X.astype(object), "y": Y}, r"cannot read .*Object arrays"),
+        ({"X": X, "y": np.where(Y, np.nan, 1.0)}, r"missing in 6 of 12"),
+        ({"X": X, "y": Y + X[:, 0] / 7}, r"continuous"),
+        ({"X": X, "y": np.array([" ", "a"] * 6)}, r"missing in 6 of 12"),
+    ],
+)
+def test_npz_refusals(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(CompareError, match=message):
+        load(npz(tmp_path, **arrays))
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "message"),
+    [
+        ("digit", None, r"breast_cancer, digits, iris, wine, or .*\.csv.*mean 'digits'"),
+        ("data.xlsx", "y", r"unknown data 'data.xlsx'.*\.parquet"),
+        ("nowhere.csv", "y", r"no such file: .*nowhere\.csv"),
+        ("nowhere.npz", None, r"no such file: .*nowhere\.npz"),
+        ("https://example.org/t.csv", "y", r"no such file"),
+        ("iris", "species", r"'species' was given"),
+    ],
+)
+def test_source_refusals(name: str, target: str | None, message: str) -> None:
+    with pytest.raises(CompareError, match=message):
+        load(name, target)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.parquet", b"PAR1 this is not one"),
+        ("t.parquet", b""),
+        ("t.npz", b"PK\x03\x04 neither is this"),
+        ("t.npz", b""),
+        ("t.csv.gz", b"not compressed"),
+        ("t.csv.gz", gzip.compress(b"x,y\n" * 1000)[:20]),
+        ("t.csv", "x,y\n1,ä\n".encode("latin-1")),
+    ],
+)
+def test_corrupt_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CompareError, match=r"cannot read .*t\.") as caught:
+        load(str(tmp_path / name), None if name.endswith("npz") else "y")
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_real_files(csv: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    table().to_parquet(path)
+    archive = Path(npz(tmp_path, X=np.random.default_rng(0).normal(size=(500, 9)), y=np.ones(500)))
+    for file, target in ((path, "label"), (archive, None)):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with pytest.raises(CompareError, match="cannot read"):
+            load(str(file), target)
+
+
+def test_bare_npy_under_npz_name(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", X)
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    with pytest.raises(CompareError, match=r"cannot read .*a\.npz"):
+        load(str(tmp_path / "a.npz"))
+
+
+def test_parquet_refusals(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["x", "x"]), path)
+    with pytest.raises(CompareError, match="must differ, but 'x'"):
+        load(str(path), "x")
+    for values, kind in (
+        ([[1, 2]] * 6, "ndarray"),
+        ([{"a": 1}] * 6, "dict"),
+        ([b"x"] * 6, "bytes"),
+    ):
+        pq.write_table(pa.table({"img": values, "y": ["a", "b"] * 3}), path)
+        with pytest.raises(CompareError, match=f"'img' holds values such as {kind}"):
+            load(str(path), "y")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_noise": 1.0}, r"label_noise must be at least 0 and below 1; got 1\.0"),
+        ({"label_noise": -0.1}, r"label_noise"),
+        ({"label_noise": float("nan")}, r"label_noise"),
+        ({"validation_size": 0.0}, r"validation_size must be between 0 and 1"),
+        ({"test_size": 1.0}, r"test_size must be between 0 and 1"),
+        ({"test_size": float("nan")}, r"test_size must be between"),
+        ({"seed": -1}, r"seed must not be negative"),
+        ({"train_size": 97}, r"at most 96; got 97"),
+        ({"train_size": 2}, r"3 classes.*training part would have 2"),
+        ({"train_size": 4}, r"3 classes.*validation part would have 1"),
+        ({"test_size": 0.01}, r"test part would have 2"),
+    ],
+)
+def test_split_refusals(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CompareError, match=message):
+        cut(load("iris"), **changes)
+
+
+def test_largest_train_size_is_accepted() -> None:
+    for v in (0.1, 0.2, 0.3, 0.45):
+        with pytest.raises(CompareError, match="at most") as caught:
+            cut(load("iris"), train_size=1000, validation_size=v)
+        most = int(str(caught.value).split("at most ")[1].split(";")[0])
+        assert len(cut(load("iris"), train_size=most, validation_size=v).train[1]) == most
+        with pytest.raises(CompareError, match="at most"):
+            cut(load("iris"), train_size=most + 1, validation_size=v)
+
+
+def test_rare_class_is_refused_for_every_seed() -> None:
+    y = np.repeat(np.arange(6), [500, 300, 4, 4, 4, 4])
+    x = np.random.default_rng(0).normal(size=(len(y), 2)).astype(np.float32)
+    data = Dataset("rare", x, y, tuple("abcdef"), "")
+    for seed in range(5):
+        with pytest.raises(CompareError, match=r"too few rows of '[cdef]' \(4 rows\)"):
+            cut(data, seed=seed)
+
+
+def test_table_without_information(tmp_path: Path) -> None:
+    text = "x,z,w,y\n" + "".join(f"7,,?,{'ab'[i % 2]}\n" for i in range(20))
+    with pytest.raises(CompareError, match="every feature column is constant or empty"):
+        cut(load(written(tmp_path, text), "y"))
+
+
+def test_wild_value_outside_training(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(60, 1)).astype(np.float32) * 1e-6
+    data = load(npz(tmp_path, X=x, y=np.arange(60) % 2))
+    x[row_numbers(data)[2][0]] = 3e38
+    with pytest.raises(CompareError, match="test part lies too far"):
+        cut(replace(data, features=x))
