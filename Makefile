@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: demo test lint docs lock clean
+.PHONY: demo test lint docs results lock clean
 
 demo: .venv/.demo  ## Compare five losses on digits (about a minute)
 	$(BIN)/penex compare --out penex-results
@@ -21,6 +21,11 @@ lint: .venv/.dev  ## Style and types
 
 docs: .venv/.dev  ## The documentation, into docs/_build/html; warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+results: .venv/.dev  ## The numbers and the picture of README and docs, made anew
+	$(BIN)/penex compare --out build/results/digits
+	$(BIN)/penex compare --data digits --train-size 300 --label-noise 0.2 --out build/results/digits-noisy
+	$(BIN)/python docs/make_results.py build/results
 
 lock: .venv/.dev  ## Write the installed versions to constraints.txt
 	( grep '^#' constraints.txt; $(BIN)/python -m pip list --format=freeze --exclude-editable \

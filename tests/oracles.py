@@ -55,10 +55,7 @@ def rows(
     weights = [_ONE] * num_classes if weight is None else _decimals(weight)
     smoothing = Decimal(label_smoothing)
     dense = target.is_floating_point()
-    if dense or target.shape == logits.shape:
-        targets = _class_last(target)
-    else:
-        targets = target.reshape(-1)
+    targets = _class_last(target) if dense or target.shape == logits.shape else target.reshape(-1)
     result, denominator = [], _ZERO
     for row, entry in zip(_class_last(logits), targets, strict=True):
         if dense:
@@ -122,7 +119,7 @@ def estimate_penalty(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> float:
-    """rho_hat = alpha sum_i A_i / sum_i omega_i S_i over kept rows, clamped; NaN if there are none."""
+    """alpha sum_i A_i / sum_i omega_i S_i over kept rows, clamped; NaN if there are none."""
     with decimal.localcontext(_CONTEXT):
         samples, _ = rows(logits, target, weight, ignore_index, label_smoothing)
         threshold = None if huberization is None else Decimal(huberization)
@@ -143,7 +140,7 @@ def penex(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Result:
-    """l_i = sum_k w_k q_k h(-alpha f_k) + rho omega_i sum_j e^{f_j}, and its gradient with rho fixed."""
+    """sum_k w_k q_k h(-alpha f_k) + rho omega_i sum_j e^{f_j}; its gradient with rho fixed."""
     with decimal.localcontext(_CONTEXT):
         samples, denominator = rows(logits, target, weight, ignore_index, label_smoothing)
         alpha = Decimal(sensitivity)

@@ -1,4 +1,4 @@
-"""penex.inference: probabilities from logits, export, and folding the factor into the last layer."""
+"""penex.inference: probabilities from logits, export, folding the factor into a layer."""
 
 import copy
 import math
@@ -47,7 +47,8 @@ def test_half_precision_logits_that_are_large(dtype: torch.dtype) -> None:
     assert got.dtype == dtype
     torch.testing.assert_close(got, exact.to(dtype))
     log_proba = predict_log_proba(logits, ALPHA)
-    assert log_proba.dtype == dtype and not log_proba.isnan().any()
+    assert log_proba.dtype == dtype
+    assert not log_proba.isnan().any()
     torch.testing.assert_close(log_proba[1], exact[1].log().to(dtype))
 
 
@@ -72,10 +73,10 @@ def test_class_dimension(shape: tuple[int, ...], dim: int) -> None:
 
 @pytest.mark.parametrize("function", [predict_proba, predict_log_proba])
 def test_refusals_of_the_helpers(function: Callable[..., Tensor]) -> None:
-    with pytest.raises(TypeError, match="input: expected floating-point logits, got torch.int64"):
+    with pytest.raises(TypeError, match=r"input: expected floating-point logits, got torch.int64"):
         function(torch.zeros(2, 3).long(), 0.1)
     for value in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"sensitivity: expected .* got {value}"):
+        with pytest.raises(ValueError, match=rf"sensitivity: expected .* got {value}"):
             function(torch.zeros(2, 3), value)
 
 
@@ -117,9 +118,9 @@ def test_calibrated_is_exported() -> None:
 
 
 def test_calibrated_refuses() -> None:
-    with pytest.raises(ValueError, match="sensitivity: expected .* got 0"):
+    with pytest.raises(ValueError, match=r"sensitivity: expected .* got 0"):
         Calibrated(mlp(), 0.0)
-    with pytest.raises(ValueError, match="model: its layer '2' has been folded"):
+    with pytest.raises(ValueError, match=r"model: its layer '2' has been folded"):
         Calibrated(fold_temperature(mlp(), ALPHA), ALPHA)
 
 
@@ -188,7 +189,8 @@ def test_folding_makes_plain_softmax_right(
         for (name, new), old in zip(model.named_parameters(), twin.parameters(), strict=True)
         if not torch.equal(new, old)
     ]
-    assert 1 <= len(changed) <= 2 and all(p.requires_grad for p in model.parameters())
+    assert 1 <= len(changed) <= 2
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_folding_twice_is_refused_however_it_is_tried() -> None:
@@ -206,13 +208,13 @@ def test_folding_twice_is_refused_however_it_is_tried() -> None:
     for module in again:
         with pytest.raises(ValueError, match=r"folded already, with sensitivity 0\.4"):
             fold_temperature(module, ALPHA)
-        with pytest.raises(ValueError, match="folded"):
+        with pytest.raises(ValueError, match=r"folded"):
             Calibrated(module, ALPHA)
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name])
     layer = nn.Linear(2, 2)
     fold_temperature(layer, 0.1)
-    with pytest.raises(ValueError, match="folded already"):
+    with pytest.raises(ValueError, match=r"folded already"):
         fold_temperature(nn.Sequential(nn.ReLU(), layer), 0.1)
 
 
@@ -322,7 +324,7 @@ def test_folding_refuses_what_it_cannot_do_rightly(
 ) -> None:
     model = build()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=f"module: .*{message}"):
+    with pytest.raises(ValueError, match=rf"module: .*{message}"):
         fold_temperature(model, ALPHA)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -339,7 +341,7 @@ def test_the_advice_works() -> None:
 def test_folding_refuses_a_bad_sensitivity() -> None:
     model = nn.Linear(2, 2)
     for value in (0.0, -0.5, math.nan, math.inf):
-        with pytest.raises(ValueError, match="sensitivity: expected"):
+        with pytest.raises(ValueError, match=r"sensitivity: expected"):
             fold_temperature(model, value)
     fold_temperature(model, 0.1)  # and none of them left a mark
 

@@ -1,4 +1,4 @@
-"""penex.losses: what the modules hold, when the penalty changes, and that they are their functions."""
+"""penex.losses: the modules are their functions; what they hold, and when it changes."""
 
 import copy
 import inspect
@@ -88,7 +88,8 @@ def test_keywords_are_those_of_cross_entropy(build: type[nn.Module]) -> None:
     )
     logits, target = torch.randn(2, 3), torch.tensor([5, 1])
     got = criterion(logits, target)
-    assert got.shape == peer(logits, target).shape and got[0] == 0 != got[1]
+    assert got.shape == peer(logits, target).shape
+    assert got[0] == 0 != got[1]
     assert "ignore_index=5, reduction='none', label_smoothing=0.1" in repr(criterion)
 
 
@@ -105,9 +106,8 @@ def test_is_found_where_the_package_says() -> None:
 def test_repr_names_what_was_chosen() -> None:
     text = repr(PENEX(sensitivity=0.3, penalty=0.25))
     assert "sensitivity=0.3, penalty_mode='fixed', penalty=0.25" in text
-    assert "gamma=1.5" in repr(FocalLoss(1.5)) and "strength=0.2" in repr(
-        ConfidencePenaltyLoss(0.2)
-    )
+    assert "gamma=1.5" in repr(FocalLoss(1.5))
+    assert "strength=0.2" in repr(ConfidencePenaltyLoss(0.2))
 
 
 # 2. When the penalty changes, and to what.
@@ -115,10 +115,13 @@ def test_repr_names_what_was_chosen() -> None:
 
 def test_defaults() -> None:
     criterion = PENEX()
-    assert criterion.sensitivity == 0.1 and isinstance(criterion.sensitivity, float)
-    assert criterion.penalty_mode == "running" and criterion.ema == 0.1
+    assert criterion.sensitivity == 0.1
+    assert isinstance(criterion.sensitivity, float)
+    assert criterion.penalty_mode == "running"
+    assert criterion.ema == 0.1
     assert (criterion.penalty_min, criterion.penalty_max) == (1e-10, 100.0)
-    assert criterion.penalty.shape == () and criterion.penalty.dtype == torch.float32
+    assert criterion.penalty.shape == ()
+    assert criterion.penalty.dtype == torch.float32
     assert criterion.penalty.isnan()
     assert PENEX(penalty=0.5).penalty_mode == "fixed"
     assert PENEX(penalty=0.5, penalty_mode="running").penalty_mode == "running"
@@ -232,7 +235,8 @@ def test_no_gradient_reaches_the_penalty(mode: dict[str, Any]) -> None:
     criterion = PENEX(**mode)
     assert list(criterion.parameters()) == []
     criterion(logits_of(1), LABELS).backward()
-    assert not criterion.penalty.requires_grad and criterion.penalty.grad is None
+    assert not criterion.penalty.requires_grad
+    assert criterion.penalty.grad is None
 
 
 @each_mode
@@ -321,7 +325,8 @@ def test_casting_keeps_the_penalty(cast: Callable[[nn.Module], nn.Module]) -> No
     assert criterion.penalty.item() == pytest.approx(1e-10)
     assert "penalty" in dict(criterion.named_buffers())
     loss = criterion(logits_of(1), LABELS)
-    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
 
 
 def test_moving_moves_the_penalty() -> None:
@@ -441,7 +446,8 @@ def test_finite_logits_never_give_nan(
         logits = (size * torch.tensor(pattern)).to(dtype).requires_grad_()
         loss = criterion(logits, LABELS)
         loss.backward()
-        assert not loss.isnan() and not logits.grad.isnan().any()  # type: ignore[union-attr]
+        assert not loss.isnan()
+        assert not logits.grad.isnan().any()
         assert 0 < criterion.penalty.item() <= 100
         exact = oracles.penex(
             logits, LABELS, penalty=criterion.penalty.item(), huberization=huberization
@@ -451,7 +457,7 @@ def test_finite_logits_never_give_nan(
 
 
 def test_auto_is_exact_at_200_if_the_bounds_allow_it() -> None:
-    """rho = alpha e^-20 / (K e^200): the clamp at 1e-10, not the arithmetic, decides what is finite."""
+    """rho = alpha e^-20 / (K e^200): the clamp, not the arithmetic, decides what is finite."""
     logits = torch.full((4, 3), 200.0, requires_grad=True)
     for sensitivity, low in ((0.1, 1e-10), (0.1, 1e-37)):
         options: dict[str, Any] = {"sensitivity": sensitivity, "penalty_min": low}
@@ -534,7 +540,7 @@ def test_refused_arguments_of_the_baselines() -> None:
         FocalLoss(-1)
     with pytest.raises(ValueError, match=r"strength: expected .* \[0, inf\), got -0.5"):
         ConfidencePenaltyLoss(-0.5)
-    with pytest.raises(TypeError, match="gamma: expected a number, got Tensor"):
+    with pytest.raises(TypeError, match=r"gamma: expected a number, got Tensor"):
         FocalLoss(torch.ones(3))  # type: ignore[arg-type]
 
 
@@ -608,7 +614,8 @@ def test_under_autocast(mode: dict[str, Any], train: bool) -> None:
         loss = criterion(logits, LABELS)
         assert loss.dtype == peer(logits, LABELS).dtype == torch.float32
     loss.backward()
-    assert layer.weight.grad is not None and layer.weight.grad.isfinite().all()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.isfinite().all()
 
 
 # 8. A criterion in training.

@@ -31,7 +31,9 @@ def test_large_logits_do_not_give_nan(size: float, dtype: torch.dtype) -> None:
     for criterion in (PENEX(), PENEX(penalty_mode="auto"), PENEX(penalty=1e-30)):
         loss = criterion(logits, TARGET)
         (gradient,) = torch.autograd.grad(loss, logits)
-        assert not loss.isnan() and not gradient.isnan().any() and criterion.penalty.isfinite()
+        assert not loss.isnan()
+        assert not gradient.isnan().any()
+        assert criterion.penalty.isfinite()
         exact = oracles.penex(logits, TARGET, penalty=criterion.penalty.item()).value.to(dtype)
         torch.testing.assert_close(loss, exact, rtol=1e-3, atol=0)
 
@@ -62,7 +64,8 @@ def test_one_bad_batch_does_not_spoil_the_running_penalty(kind: str, first: bool
     criterion(logits.requires_grad_(), target)
     assert torch.equal(criterion.penalty.nan_to_num(), before.nan_to_num())
     loss = criterion(batch(3), TARGET)
-    assert loss.isfinite() and criterion.penalty.isfinite()
+    assert loss.isfinite()
+    assert criterion.penalty.isfinite()
 
 
 def test_state_loads_strictly_in_both_directions() -> None:
@@ -99,13 +102,14 @@ def test_a_given_penalty_is_fixed() -> None:
         torch.testing.assert_close(
             criterion(logits, TARGET), penex_loss(logits, TARGET, penalty=0.5)
         )
-    assert criterion.penalty.item() == 0.5 and criterion.penalty_mode == "fixed"
+    assert criterion.penalty.item() == 0.5
+    assert criterion.penalty_mode == "fixed"
 
 
 def test_misspelt_modes_are_refused() -> None:
-    with pytest.raises(ValueError, match="penalty_mode: .* got 'runnning'"):
+    with pytest.raises(ValueError, match=r"penalty_mode: .* got 'runnning'"):
         PENEX(penalty_mode="runnning")
-    with pytest.raises(ValueError, match="reduction: .* got 'avg'"):
+    with pytest.raises(ValueError, match=r"reduction: .* got 'avg'"):
         PENEX(reduction="avg")
 
 
@@ -131,7 +135,9 @@ def test_dense_predictions_are_accepted(shape: tuple[int, ...]) -> None:
 
 def test_none_keeps_ignored_rows_as_zeros() -> None:
     rows = PENEX(reduction="none")(batch(), torch.tensor([0, -100, 1]))
-    assert rows.shape == (3,) and rows[1] == 0 and (rows[[0, 2]] > 0).all()
+    assert rows.shape == (3,)
+    assert rows[1] == 0
+    assert (rows[[0, 2]] > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -235,7 +241,7 @@ def test_integer_one_hot_is_a_label_and_nothing_softer() -> None:
     assert torch.equal(
         penex_loss(logits, one_hot, penalty=0.1), penex_loss(logits, TARGET, penalty=0.1)
     )
-    with pytest.raises(ValueError, match="one-hot"):
+    with pytest.raises(ValueError, match=r"one-hot"):
         penex_loss(logits, one_hot + 1, penalty=0.1)
 
 

@@ -192,8 +192,9 @@ def _from_probabilities(
 def _from_one_hot(target: Tensor, ignore_index: int) -> Tensor:
     """Labels (N, 1, d1, ...) of integer one-hot rows.
 
-    A row that is not one-hot gets a label out of range, so the check of the indexing kernel refuses it: at once on the CPU,
-    by the device's own assertion elsewhere, and nowhere at the price of a synchronisation.
+    A row that is not one-hot gets a label out of range, so the check of the indexing kernel refuses
+    it: at once on the CPU, by the device's own assertion elsewhere, and nowhere at the price of a
+    synchronisation.
     """
     num_classes = target.shape[1]
     invalid = num_classes if ignore_index != num_classes else num_classes + 1

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that ``penex --help`` answers at once.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -146,6 +147,9 @@ def report(
 
 def main() -> None:
     """Entry point of the command ``penex``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # "?" for ± where the encoding lacks it
     app()
 
 
@@ -154,7 +158,7 @@ def _announce(console: Console, config: "Config", out: Path) -> None:
     console.print(
         f"Comparing {len(config.losses)} losses × {config.seeds} seeds on {config.data} "
         f"({rows}{config.epochs} epochs); results in {out}",
-        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -165,15 +169,19 @@ def _report(console: Console, folder: Path) -> None:
 
     results = write(folder)
     for epoch in EPOCHS:
-        console.print(tables.terminal(results, epoch))
-    console.print(tables.caption(results), highlight=False)
-    console.print(tables.LEGEND, style="dim", highlight=False)
-    console.print(f"Report: {folder / 'report.html'}", highlight=False)
+        console.print(tables.terminal(results, epoch, console.width))
+        console.print()
+    console.print(tables.caption(results))
+    console.print(tables.LEGEND, style="dim")
+    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH_OF_A_FILE)
+    # Names of files and folders are printed as they are: no markup, and no line breaks in them.
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_FILE
+    return console
 
 
 @contextmanager
@@ -183,8 +191,9 @@ def _refusals(console: Console) -> Iterator[None]:
 
     try:
         yield
-    except CompareError as error:
-        Console(stderr=True).print(f"penex: {error}", style="red", markup=False, highlight=False)
+    except (CompareError, OSError) as error:  # OSError: no permission, no space, no such device
+        errors = Console(stderr=True, markup=False, highlight=False)
+        errors.print(f"penex: {error}", style="red", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("Stopped. Finished runs are kept; the same command continues.")

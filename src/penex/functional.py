@@ -88,7 +88,7 @@ def penex_loss(
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
         >>> penex_loss(logits, torch.tensor([0, 1]), sensitivity=0.5, penalty=0.25)
-        tensor(2.0132)
+        tensor(2.0006)
     """
     alpha = positive("sensitivity", sensitivity)
     log_threshold = _log_threshold(huberization)

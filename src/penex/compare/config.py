@@ -37,9 +37,8 @@ class Config(BaseModel):
     def _known_losses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("expected at least one loss")
-        for spec in value:
-            contender(spec)
-        if len(set(value)) < len(value):
+        labels = [contender(spec).label for spec in value]
+        if len(set(labels)) < len(labels):
             raise ValueError(f"a loss is named twice in {', '.join(value)}")
         return value
 

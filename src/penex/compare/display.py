@@ -43,7 +43,7 @@ class Display:
     def finished(self, line: str) -> None:
         """Report one finished piece of work; a terminal has the bar instead."""
         if not self.console.is_terminal:
-            self.console.print(line, highlight=False)
+            self.console.print(line)
 
 
 class _Polling(Progress):

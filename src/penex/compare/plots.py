@@ -17,12 +17,12 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from penex.compare.analysis import EPOCHS, curves, summarize
 from penex.compare.errors import CompareError
-from penex.compare.registry import LOSSES, contender
+from penex.compare.registry import LOSSES, REFERENCE, contender
 from penex.compare.store import read_logits, run_folder
 from penex.metrics import Reliability, margins, reliability
 
@@ -175,12 +175,13 @@ def learning(axes: Axes, evidence: Sequence[Evidence], part: str) -> None:
             axes.plot(*zip(*one.best, strict=True), "o", color=one.colour, markersize=3, alpha=0.8)
     values = np.concatenate([one.nll[part].ravel() for one in evidence])
     values = values[values > 0]
-    if values.size:
+    decades = np.log10(values.max() / values.min()) if values.size else 0
+    if decades > 0.7:  # less leaves a logarithmic axis without labels
         axes.set_yscale("log")
-        decades = np.log10(values.max() / values.min())
         axes.yaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2 else (1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.set(xlabel="Epoch", ylabel="NLL")
 
 
@@ -218,23 +219,22 @@ def distribution(axes: Axes, evidence: Sequence[Evidence]) -> None:
     axes.set(ylim=(0, 1), xlabel="Margin, log p(y) − max log p(j)", ylabel="Share of test rows")
 
 
-def scores(axes: Axes, results: dict[str, Any], evidence: Sequence[Evidence]) -> None:
-    """Test NLL with its interval over seeds, at the best validation epoch and at the last."""
-    for (epoch, name), below, open_ in zip(
-        EPOCHS.items(), (-0.13, 0.13), (False, True), strict=True
+def differences(axes: Axes, results: dict[str, Any], evidence: Sequence[Evidence]) -> None:
+    """Paired differences in test NLL to the reference with their intervals over seeds."""
+    others = [one for one in evidence if one.spec != REFERENCE]
+    for (epoch, name), below, face in zip(
+        EPOCHS.items(), (-0.13, 0.13), (None, "white"), strict=True
     ):
-        for row, one in enumerate(evidence):
-            cell = results["summary"][epoch]["raw"]["nll"][one.spec]
-            if cell["mean"] is not None:
-                style: Any = {"color": one.colour, "markersize": 5, "elinewidth": 1.2}
-                face = "white" if open_ else one.colour
-                axes.errorbar(
-                    cell["mean"], row + below, xerr=cell["half_width"], fmt="o", mfc=face, **style
-                )
-        axes.plot([], [], "o", color=INK, mfc="white" if open_ else INK, markersize=5, label=name)
-    axes.set_yticks(range(len(evidence)), [one.label for one in evidence])
-    axes.invert_yaxis()
-    axes.set_xlabel("Test NLL, 95 % interval over seeds")
+        for row, one in enumerate(others):
+            found = results["summary"][epoch]["raw"]["nll"][one.spec]["difference"]
+            if found is not None:
+                look: Any = {"fmt": "o", "color": one.colour, "mfc": face or one.colour}
+                axes.errorbar(found["mean"], row + below, xerr=found["half_width"], **look)
+        axes.plot([], [], "o", color=INK, mfc=face or INK, label=name)
+    axes.axvline(0, color=INK, linewidth=0.8, alpha=0.5)
+    axes.set_yticks(range(len(others)), [one.label for one in others])
+    axes.set(xlabel="Test NLL less that of cross-entropy, 95 % interval")
+    axes.set_ylim(len(others) - 0.5, -0.5)
 
 
 def svg(
@@ -259,6 +259,8 @@ def svg(
 def overview(folder: Path, path: Path) -> None:
     """Draw the comparison in `folder` in one picture: validation NLL by epoch, and test NLL.
 
+    The second panel shows paired differences to cross-entropy, which has to be in the comparison.
+
     Args:
         folder: An output folder with finished runs.
         path: The picture, .svg or .png by its ending.
@@ -274,6 +276,6 @@ def overview(folder: Path, path: Path) -> None:
         learning(left, evidence, "validation")
         left.set_ylabel("Validation NLL")
         left.legend()
-        scores(right, results, evidence)
-        right.legend()
+        differences(right, results, evidence)
+        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
         figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -27,6 +27,8 @@ class Knob:
     low: float
     high: float
     log: bool = False
+    most: float = math.inf
+    """The largest value that the loss accepts; the smallest is 0, or above 0 where `log`."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ LOSSES = {
             "label-smoothing",
             "Label smoothing",
             _label_smoothing,
-            Knob("smoothing", "ε", default=0.1, low=0.0, high=0.5),
+            Knob("smoothing", "ε", default=0.1, low=0.0, high=0.5, most=1.0),
         ),
         Loss(
             "confidence-penalty",
@@ -146,7 +148,8 @@ def contender(spec: str) -> Contender:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or value < 0 or (loss.knob.log and value == 0):
+    possible = math.isfinite(value) and 0 <= value <= loss.knob.most
+    if not possible or (loss.knob.log and value == 0):
         raise CompareError(
             f"losses: expected {name}=NUMBER ({loss.knob.name}, between {loss.knob.low:g} and "
             f"{loss.knob.high:g} as a rule), got {spec!r}"

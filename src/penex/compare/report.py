@@ -60,7 +60,7 @@ def _page(results: dict[str, Any], evidence: list[plots.Evidence]) -> str:
         metrics=METRICS,
         header=tables.header(),
         tables={epoch: list(tables.rows(results, epoch)) for epoch in EPOCHS},
-        cell=tables._cell,
+        cell=tables.cell,
         legend=tables.LEGEND,
         evidence=evidence,
         pictures=_pictures(evidence),
@@ -98,7 +98,7 @@ def verdict(results: dict[str, Any]) -> str:
     specs = [loss["spec"] for loss in results["losses"]]
     if REFERENCE not in specs:
         return (
-            f"{PEER.capitalize()} is not in this comparison, and nothing else is tested against; "
+            f"{PEER.capitalize()}, which others are tested against, is not in this comparison; "
             f"{_leaders(results)}, which may be chance."
         )
     if len(specs) == 1:
@@ -124,17 +124,17 @@ def verdict(results: dict[str, Any]) -> str:
 def _finding(results: dict[str, Any], name: str, scaling: str) -> tuple[str, str]:
     """Who is clearly better on a metric, and than what.
 
-    As for the mark in the tables, a loss with fewer values than another is not considered.
+    A loss with fewer values than runs, because some diverged, is not called better: its mean leaves
+    the worst ones out.
     """
     column = results["summary"]["best"][scaling][name]
     if column[REFERENCE]["best"]:
         return f"{PEER} is", "clearly better than every other loss"
-    most = max(cell["n"] for cell in column.values())
     better = []
     for loss in results["losses"]:
         value = column[loss["spec"]]
-        cell = tables._cell(name, value)
-        if cell.sign > 0 and value["n"] == most:
+        cell = tables.cell(name, value)
+        if cell.sign > 0 and value["n"] == loss["runs"]:
             unit = " points" if METRICS[name].percent else ""
             better.append(f"{loss['label']} ({cell.difference}{unit})")
     who = f"{_listed(better)} {'are' if len(better) > 1 else 'is'}" if better else "no loss is"
@@ -167,12 +167,14 @@ def caveats(results: dict[str, Any]) -> list[str]:
         if loss["diverged"]
     ]
     if len(runs) < planned:
-        found.append(f"Unfinished: {planned - len(runs)} of {planned} runs are still missing.")
+        found.append(
+            f"Unfinished: only {len(runs)} of {planned} runs are in; the verdict may change."
+        )
     fitted = [run["temperature"][epoch] for run in runs for epoch in EPOCHS]
     if untold := fitted.count(1.0):
         found.append(
-            f"In {untold} of {len(fitted)} cases the validation rows cannot tell the temperature, and "
-            "nothing was scaled: 1 stands in for it, and in the means marked (T)."
+            f"In {untold} of {len(fitted)} cases the validation rows cannot tell the temperature; "
+            "there it is 1, and values marked (T) are not scaled."
         )
     mixed = [name for name, values in _versions(results).items() if len(values) > 1]
     if mixed:

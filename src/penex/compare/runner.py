@@ -26,6 +26,7 @@ from penex.compare.store import (
     lock,
     read_json,
     run_folder,
+    trial_folder,
 )
 from penex.compare.tune import best_trial, tune
 
@@ -49,9 +50,13 @@ def compare(config: Config, folder: Path, *, jobs: int, display: Display) -> Non
     with lock(folder), _tidy(folder):
         claim(folder, config, dataset)
         if config.tune:
-            total = len(config.losses) * config.tune * config.epochs
-            done = functools.partial(epochs_done, folder / "tuning", config.epochs)
-            with display.stage("Tuning", total, done):
+            trials = [
+                trial_folder(folder, spec, trial)
+                for spec in config.losses
+                for trial in range(config.tune)
+            ]
+            done = functools.partial(epochs_done, trials, config.epochs)
+            with display.stage("Tuning", len(trials) * config.epochs, done):
                 tuning = [
                     functools.partial(_tune, folder, spec, config, dataset)
                     for spec in config.losses
@@ -59,9 +64,8 @@ def compare(config: Config, folder: Path, *, jobs: int, display: Display) -> Non
                 for line in _parallel(jobs, tuning):
                     display.finished(line)
         tasks = _tasks(config, folder)
-        total = len(tasks) * config.epochs
-        done = functools.partial(epochs_done, folder / "runs", config.epochs)
-        with display.stage("Training", total, done):
+        done = functools.partial(epochs_done, [task.folder for task in tasks], config.epochs)
+        with display.stage("Training", len(tasks) * config.epochs, done):
             training = [
                 functools.partial(_train, task, config, dataset)
                 for task in tasks

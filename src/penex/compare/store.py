@@ -10,11 +10,12 @@ files are; what is being written has a name that starts with ``.partial-``.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def lock(folder: Path) -> Iterator[None]:
         raise CompareError(f"out: another comparison is running in {folder}") from None
     except (FileExistsError, NotADirectoryError):
         raise CompareError(f"out: expected a folder, {folder} is a file") from None
+    except OSError as error:
+        raise CompareError(f"out: cannot work in {folder}: {error.strerror}") from None
 
 
 def claim(folder: Path, config: Config, dataset: Dataset) -> None:
@@ -122,7 +125,11 @@ def trial_folder(folder: Path, spec: str, trial: int) -> Path:
 
 @contextlib.contextmanager
 def new_run(folder: Path) -> Iterator[Path]:
-    """A folder to write a run into, which becomes `folder` at the end unless something raises."""
+    """A folder to write a run into, which becomes `folder` at the end unless something raises.
+
+    If `folder` has appeared meanwhile (by a process that outlived its parent, or where locks do
+    not hold), that run stays: it is finished, and its numbers are the same.
+    """
     partial = folder.parent / f"{_PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
     try:
@@ -130,17 +137,25 @@ def new_run(folder: Path) -> Iterator[Path]:
         for file in partial.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def epochs_done(folder: Path, epochs_per_run: int) -> int:
-    """How many epochs the runs below `folder` have behind them, finished or not."""
-    epochs = epochs_per_run * sum(1 for _ in folder.glob("*/[!.]*/run.json"))
-    for curve in folder.glob(f"*/{_PARTIAL}*/curve.csv"):
-        with contextlib.suppress(FileNotFoundError):  # finished between the look and the reading
-            epochs += max(curve.read_bytes().count(b"\n") - 1, 0)
+def epochs_done(folders: Iterable[Path], epochs_per_run: int) -> int:
+    """How many epochs the runs of these `folders` have behind them, finished or not."""
+    epochs = 0
+    for folder in folders:
+        if folder.exists():
+            epochs += epochs_per_run
+            continue
+        for curve in folder.parent.glob(f"{_PARTIAL}{folder.name}-*/curve.csv"):
+            with contextlib.suppress(FileNotFoundError):  # finished between look and reading
+                epochs += max(curve.read_bytes().count(b"\n") - 1, 0)
     return epochs
 
 
@@ -167,14 +182,16 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CompareError(f"{path} cannot be read ({error}); remove it and run again") from None
+        raise CompareError(
+            f"{path} is damaged ({error}); remove {path.parent} and run the comparison again"
+        ) from None
 
 
 def read_logits(folder: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a run's logits.npz."""
     path = folder / "logits.npz"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception as error:  # a damaged archive raises anything from zipfile, zlib and numpy
         raise CompareError(

@@ -1,9 +1,11 @@
 """The table of a comparison, for terminals, LaTeX and Markdown, from results.json's content."""
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -57,7 +59,7 @@ def rows(results: dict[str, Any], epoch: str) -> Iterator[Row]:
     """The table at "best" or "last" epoch."""
     for loss in results["losses"]:
         cells = [
-            _cell(name, results["summary"][epoch][scaling][name][loss["spec"]])
+            cell(name, results["summary"][epoch][scaling][name][loss["spec"]])
             for name, scaling in COLUMNS
         ]
         label = loss["label"]
@@ -66,7 +68,8 @@ def rows(results: dict[str, Any], epoch: str) -> Iterator[Row]:
         yield Row(label, cells, _milliseconds(loss["seconds_per_epoch"]["mean"]))
 
 
-def _cell(name: str, value: dict[str, Any]) -> Cell:
+def cell(name: str, value: dict[str, Any]) -> Cell:
+    """The cell of a metric, from its entry in the summary."""
     metric = METRICS[name]
     if value["mean"] is None:
         return Cell("–", "", False, 0)
@@ -99,11 +102,12 @@ def caption(results: dict[str, Any]) -> str:
         if config["tune"]
         else " Nothing tuned."
     )
+    seeds = "1 seed" if config["seeds"] == 1 else f"{config['seeds']} seeds"
     done, planned = len(results["runs"]), results["planned_runs"]
     unfinished = "" if done == planned else f" Unfinished: {done} of {planned} runs."
     return (
         f"{results['data']['name']}: {counts['train']} training, {counts['validation']} validation "
-        f"and {counts['test']} test rows, {config['seeds']} seeds{noise}.{tuned}{unfinished}"
+        f"and {counts['test']} test rows, {seeds}{noise}.{tuned}{unfinished}"
     )
 
 
@@ -115,22 +119,44 @@ LEGEND = (
 )
 
 
-def terminal(results: dict[str, Any], epoch: str) -> Table:
-    """For Rich to print; made for 116 columns, and wrapped between mean and ± on fewer."""
-    table = Table(title=EPOCHS[epoch], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("Loss")
+def terminal(results: dict[str, Any], epoch: str, width: int) -> Table:
+    """For Rich to print on `width` columns, each ± on a line of its own where they do not suffice.
+
+    Nothing is cut off on 80 columns or more.
+    """
+    table = _terminal(results, epoch, stacked=False)
+    needed = Console(width=1000).measure(table).maximum
+    return table if needed <= width else _terminal(results, epoch, stacked=True)
+
+
+def _terminal(results: dict[str, Any], epoch: str, *, stacked: bool) -> Table:
+    table = Table(
+        title=EPOCHS[epoch],
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+        leading=int(stacked),
+    )
+    lines = list(rows(results, epoch))
+    # Only labels wrap, between words; from anything else Rich would cut the end off.
+    words = " ".join(row.label for row in lines).split()
+    table.add_column("Loss", min_width=max(map(len, words)))
     for title in header():
-        table.add_column(f"{title} ", justify="right")
-    table.add_column("ms/epoch", justify="right")
+        text = title.replace(" ", "\n", 1) if stacked else title
+        table.add_column(f"{text} ", justify="right", no_wrap=True)
+    table.add_column("ms/epoch", justify="right", no_wrap=True)
     styles = {1: "green", 0: "dim", -1: "red"}
-    for row in rows(results, epoch):
+    plus_minus = "\n±" if stacked else "±"
+    for row in lines:
         texts = []
         for cell in row.cells:
-            text = Text(f"{cell.value}{'★' if cell.best else ' '}", "bold" if cell.best else "")
-            if cell.difference:
-                text.append(f"\n{cell.difference} ", style=styles[cell.sign])
-            texts.append(text)
-        table.add_row(Text(row.label), *texts, row.time)
+            value, change = (part.replace("±", plus_minus) for part in cell[:2])
+            number = Text(f"{value}{'★' if cell.best else ' '}", "bold" if cell.best else "")
+            if change:
+                number.append(f"\n{change} ", style=styles[cell.sign])
+            texts.append(number)
+        table.add_row(Text(row.label.replace(" (", "\n(")), *texts, row.time)
     return table
 
 
@@ -140,7 +166,7 @@ def markdown(results: dict[str, Any], epoch: str) -> str:
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
     for row in rows(results, epoch):
         cells = [f"**{cell.value}** ★" if cell.best else cell.value for cell in row.cells]
-        lines.append([row.label.replace("|", "\\|"), *cells, row.time])
+        lines.append([re.sub(r"([\\`*_<>|])", r"\\\1", row.label), *cells, row.time])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -149,7 +175,7 @@ def latex(results: dict[str, Any]) -> str:
     titles = ["Loss", *header(), "ms/epoch"]
     lines = [
         "% Needs \\usepackage{booktabs}",
-        f"% {caption(results)}",
+        f"% {' '.join(caption(results).split())}",
         "% Mean over seeds and half the 95 % interval. Bold: best, and clear of chance.",
         f"\\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
         "\\toprule",

@@ -71,7 +71,10 @@ def run(task: Task, config: Config, dataset: Dataset) -> None:
             default_root_dir=folder,
         )
         train = _loader(parts.train, config.batch_size, order)
-        trainer.fit(classifier, train, _loader(parts.validation, 4096))
+        try:
+            trainer.fit(classifier, train, _loader(parts.validation, 4096))
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
         trainer.save_checkpoint(folder / "last.ckpt", weights_only=True)
         logits = _logits(classifier, parts.validation, parts.test, "last")
         weights = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]

@@ -1,0 +1,262 @@
+"""What is in the output folder is whole, whatever happens while it is written."""
+
+import contextlib
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from penex.compare import analysis, store
+from penex.compare.config import Config
+from penex.compare.data import load
+from penex.compare.errors import CompareError
+
+IRIS = load("iris")
+CONFIG = Config(data="iris")
+
+
+@contextlib.contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """No file can grow beyond `most` bytes, which is how the system says that space ran out."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_text_is_the_old_one_until_it_is_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    texts = ["a" * 300_000, "b" * 500_000]
+    store.write_text(path, texts[0])
+    done = threading.Event()
+
+    def rewrite() -> None:
+        for number in range(60):
+            store.write_text(path, texts[number % 2])
+        done.set()
+
+    writer = threading.Thread(target=rewrite)
+    writer.start()
+    seen = []
+    while not done.is_set():
+        seen.append(texts.index(path.read_text()))
+    writer.join()
+    assert set(seen) == {0, 1}
+    assert names(tmp_path) == {"text"}
+
+
+def test_a_text_without_room_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    store.write_text(path, "old")
+    with full_disk(1000), pytest.raises(OSError, match="too large"):
+        store.write_text(path, "n" * 1001)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == {"text"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_has_no_such_numbers(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "values.json"
+    store.write_json(path, {"ok": 0.1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.write_json(path, {"deep": [1.0, value]})
+    assert store.read_json(path) == {"ok": 0.1}
+    assert names(tmp_path) == {"values.json"}
+
+
+def test_json_comes_back(tmp_path: Path) -> None:
+    value = {"ε±": [0.1, 1e-300, None, True, 10**30, "\u2028\n"]}
+    store.write_json(tmp_path / "v", value)
+    assert store.read_json(tmp_path / "v") == value
+
+
+def test_a_run_appears_when_it_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "penex" / "seed-1"
+    with store.new_run(folder) as partial:
+        (partial / "run.json").write_text("{}")
+        (partial / "curve.csv").write_text("epoch\n1\n")
+        assert not folder.exists()
+    assert names(folder) == {"run.json", "curve.csv"}
+    assert names(tmp_path) == {f"runs/penex/seed-1/{name}" for name in names(folder)}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_run_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), store.new_run(tmp_path / "runs" / "seed-0") as partial:
+        (partial / "run.json").write_text("{}")
+        raise error
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_run_that_another_process_finished_meanwhile_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "seed-0"
+    with store.new_run(folder) as ours:
+        (ours / "run.json").write_text("ours")
+        with store.new_run(folder) as theirs:
+            (theirs / "run.json").write_text("theirs")
+    assert (folder / "run.json").read_text() == "theirs"
+    assert names(tmp_path) == {"seed-0/run.json"}
+
+
+def test_a_run_that_cannot_be_put_in_place_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "seed-0").write_text("a file is in the way")
+    with pytest.raises(NotADirectoryError), store.new_run(tmp_path / "seed-0") as partial:
+        (partial / "run.json").write_text("{}")
+    assert names(tmp_path) == {"seed-0"}
+
+
+def test_epochs_behind_us(tmp_path: Path) -> None:
+    folders = [store.run_folder(tmp_path, "penex", seed) for seed in (0, 1, 10)]
+    assert store.epochs_done(folders, 7) == 0
+    for folder in (folders[0], store.run_folder(tmp_path, "focal", 0)):
+        folder.mkdir(parents=True)
+    with store.new_run(folders[2]) as partial:
+        assert store.epochs_done(folders, 7) == 7
+        (partial / "curve.csv").write_text("epoch,loss\n1,0.5\n2,0.4\n")
+        # Neither the finished run of another loss, nor seed 10's lines for seed 1.
+        assert store.epochs_done(folders, 7) == 9
+        assert store.epochs_done(folders[:2], 7) == 7
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """Refused while another process holds the folder; free when that one is killed."""
+    program = (
+        "import sys, time; from pathlib import Path; from filelock import FileLock\n"
+        "with FileLock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / ".lock")], stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(CompareError, match="^out: another comparison is running in "):
+        store.lock(tmp_path).__enter__()
+    holder.kill()
+    holder.communicate()
+    with store.lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_in_place_of_the_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(CompareError, match="^out: expected a folder, .* is a file$"),
+        store.lock(tmp_path / name),
+    ):
+        pass
+
+
+def test_a_folder_the_system_refuses(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CompareError, match="^out: cannot work in .*: File name too long$"),
+        store.lock(tmp_path / ("x" * 300)),
+    ):
+        pass
+
+
+def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    with store.lock(tmp_path / "a" / "b"):
+        store.claim(tmp_path / "a" / "b", CONFIG, IRIS)
+    config, data = store.read_comparison(tmp_path / "a" / "b")
+    assert config == CONFIG
+    assert data == {
+        "name": "iris",
+        "fingerprint": IRIS.fingerprint,
+        "rows": 150,
+        "classes": ["setosa", "versicolor", "virginica"],
+    }
+
+
+def test_a_folder_with_something_else_in_it(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CompareError, match=r"is not empty and holds no comparison; .* --out$"):
+        store.claim(tmp_path, CONFIG, IRIS)
+    assert names(tmp_path) == {"thesis.tex"}
+
+
+def test_claiming_clears_what_was_never_finished(tmp_path: Path) -> None:
+    store.claim(tmp_path, CONFIG, IRIS)
+    kept = store.run_folder(tmp_path, "penex", 0)
+    kept.mkdir(parents=True)
+    (kept / "run.json").write_text("{}")
+    dead = kept.parent / ".partial-seed-1-0123abcd"
+    dead.mkdir()
+    (dead / "run.json").write_text("{")
+    (tmp_path / ".partial-results.json").write_text("{")
+    store.claim(tmp_path, CONFIG, IRIS)
+    assert names(tmp_path) == {"comparison.json", "runs/penex/seed-0/run.json"}
+    assert not dead.exists()
+
+
+def test_reading_a_folder_without_comparison(tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match="holds no comparison: expected .*comparison.json"):
+        store.read_comparison(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"config": {"epochs": 0}, "data": {}}'])
+def test_a_comparison_of_another_version(tmp_path: Path, text: str) -> None:
+    (tmp_path / "comparison.json").write_text(text)
+    with pytest.raises(CompareError, match="comparison.json was not written by this version"):
+        store.read_comparison(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"config": {', b"\xff\xfe", b'{"a": 1}}'])
+def test_damaged_json_is_named_with_the_way_out(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "seed-0" / "run.json"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(CompareError) as refusal:
+        store.read_json(path)
+    # To remove run.json alone would leave a folder that is taken for a finished run.
+    assert str(refusal.value).startswith(f"{path} is damaged (")
+    assert f"remove {path.parent} and run the comparison again" in str(refusal.value)
+
+
+def saved_logits(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    np.savez(folder / "logits.npz", test_last=rng.normal(size=(40, 3)), test_target=np.arange(40))
+    return folder / "logits.npz"
+
+
+@pytest.mark.parametrize("position", np.linspace(0, 0.999, 11))
+def test_logits_cut_short_or_changed_are_damaged(tmp_path: Path, position: float) -> None:
+    path = saved_logits(tmp_path)
+    whole = path.read_bytes()
+    message = r"logits.npz is damaged .*; remove .* and run the comparison again"
+    path.write_bytes(whole[: int(position * len(whole))])
+    with pytest.raises(CompareError, match=message):
+        store.read_logits(tmp_path)
+    # Of one array: the checksum of the archive finds a single bit.
+    index = whole.index(b"NUMPY") + 128 + int(position * 40 * 3 * 8)
+    path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+    with pytest.raises(CompareError, match=message):
+        store.read_logits(tmp_path)
+
+
+def test_logits_that_are_missing_or_pickled(tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match="logits.npz is damaged"):
+        store.read_logits(tmp_path)
+    np.savez(tmp_path / "logits.npz", test_last=np.array([{"code": 1}], dtype=object))
+    with pytest.raises(CompareError, match="logits.npz is damaged"):
+        store.read_logits(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "epoch,train_nll\n", "epoch,train_nll\n1,0.5\n2\n", "a\nx\n"])
+def test_a_damaged_curve(tmp_path: Path, text: str) -> None:
+    folder = store.run_folder(tmp_path, "penex", 0)
+    folder.mkdir(parents=True)
+    (folder / "curve.csv").write_text(text)
+    with pytest.raises(CompareError, match=r"curve.csv is damaged .*; remove .*seed-0 and run"):
+        analysis.curves(tmp_path, "penex", 0)

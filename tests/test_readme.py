@@ -1,0 +1,32 @@
+"""The README's tables are what the committed results say, and name every loss they should."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from penex.compare.registry import LOSSES
+
+ROOT = Path(__file__).parent.parent
+
+
+def _make_results():
+    spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs/make_results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-noisy"])
+def test_table_is_that_of_the_results_file(name: str) -> None:
+    make_results = _make_results()
+    table = make_results.readme_table(ROOT / "docs" / "results" / f"{name}.json")
+    assert f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-noisy"])
+def test_results_are_a_whole_comparison(name: str) -> None:
+    results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+    assert [loss["spec"] for loss in results["losses"]] == list(LOSSES)
+    assert len(results["runs"]) == results["planned_runs"] == 25
