@@ -39,7 +39,7 @@ class Batch(NamedTuple):
         try:
             return values.gather(1, self.labels)
         except RuntimeError as error:  # the range check that gather makes anyway on the CPU
-            raise _refused_labels(self.source, values, self.ignore_index) from error
+            raise refused_labels(self.source, values, self.ignore_index, error) from error
 
 
 def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
@@ -73,36 +73,52 @@ def check_options(ignore_index: int, reduction: str, label_smoothing: float) -> 
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
 
 
+def validate(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Check a call; `input` and `target` as a batch, of one if they are unbatched.
+
+    Raises:
+        TypeError: `input` is not a floating-point tensor, or `target` is neither integer nor
+            floating point.
+        ValueError: An option, or the shape of `target` or `weight`, is not what was expected.
+    """
+    check_options(ignore_index, reduction, label_smoothing)
+    check_tensors(input, target)
+    if input.ndim == 1:
+        input, target = input.unsqueeze(0), target.unsqueeze(0)
+    if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+        if weight.shape != (input.shape[1],):
+            raise ValueError(
+                f"weight: expected one weight per class, shape ({input.shape[1]},), "
+                f"got {tuple(weight.shape)}"
+            )
+    if target.is_floating_point() and ignore_index >= 0:
+        raise ValueError(
+            "ignore_index: class probabilities have no index to ignore; expected a negative "
+            f"value, got {ignore_index}"
+        )
+    return input, target
+
+
 def prepare(
     input: Tensor,
     target: Tensor,
     *,
     weight: Tensor | None,
     ignore_index: int,
-    reduction: str,
     label_smoothing: float,
 ) -> Batch:
-    """Validate a call and bring it into the form of :class:`Batch`.
-
-    Raises:
-        TypeError: `input` is not a floating-point tensor, or `target` is neither integer nor
-            floating point.
-        ValueError: an option, or the shape of `target` or `weight`, is not what was expected.
-    """
-    check_options(ignore_index, reduction, label_smoothing)
-    check_tensors(input, target)
-    if input.ndim == 1:  # unbatched: a batch of one
-        input, target = input.unsqueeze(0), target.unsqueeze(0)
+    """Bring what :func:`validate` returned into the form of :class:`Batch`."""
     logits = input if input.dtype == torch.float64 else input.float()
-    num_classes = logits.shape[1]
     if weight is not None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
-        if weight.shape != (num_classes,):
-            raise ValueError(
-                f"weight: expected one weight per class, shape ({num_classes},), "
-                f"got {tuple(weight.shape)}"
-            )
         weight = weight.to(logits.dtype)
     if target.is_floating_point():
         return _from_probabilities(logits, target, weight, ignore_index, label_smoothing)
@@ -146,10 +162,7 @@ def _from_labels(
     ignore_index: int,
     label_smoothing: float,
 ) -> Batch:
-    if target.ndim == logits.ndim:
-        labels = _from_one_hot(target, ignore_index)
-    else:
-        labels = target.long().unsqueeze(1)
+    labels = labels_of(target, logits, ignore_index).unsqueeze(1)
     keep = labels != ignore_index
     labels = labels.where(keep, 0)
     logits = logits.masked_fill(~keep, 0)  # an ignored row may hold anything, NaN included
@@ -159,7 +172,7 @@ def _from_labels(
         try:
             mass = weight[labels] * keep
         except (IndexError, RuntimeError) as error:
-            raise _refused_labels(target, logits, ignore_index) from error
+            raise refused_labels(target, logits, ignore_index, error) from error
     denominator = mass.sum()
     denominator = denominator.where(denominator != 0, 1)
     batch = Batch(logits, labels, mass, mass.squeeze(1), denominator, target, ignore_index)
@@ -178,30 +191,25 @@ def _from_probabilities(
     ignore_index: int,
     label_smoothing: float,
 ) -> Batch:
-    if ignore_index >= 0:
-        raise ValueError(
-            "ignore_index: class probabilities have no index to ignore; expected a negative "
-            f"value, got {ignore_index}"
-        )
     mass = _weighted(_smooth(target.to(logits.dtype), label_smoothing), weight)
     rows = logits.numel() // max(logits.shape[1], 1)
     denominator = torch.full((), max(rows, 1), dtype=logits.dtype, device=logits.device)
     return Batch(logits, None, mass, mass.sum(1), denominator, target, ignore_index)
 
 
-def _from_one_hot(target: Tensor, ignore_index: int) -> Tensor:
-    """Labels (N, 1, d1, ...) of integer one-hot rows.
+def labels_of(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """Class indices (N, d1, ...), int64, of an integer target.
 
-    A row that is not one-hot gets a label out of range, so the check of the indexing kernel refuses
-    it: at once on the CPU, by the device's own assertion elsewhere, and nowhere at the price of a
-    synchronisation.
+    A row that should be one-hot and is not gets a label out of range, so the check of the indexing
+    kernel refuses it: at once on the CPU, by the device's own assertion elsewhere, and nowhere at
+    the price of a synchronisation.
     """
+    if target.ndim < logits.ndim:
+        return target.long()
     num_classes = target.shape[1]
     invalid = num_classes if ignore_index != num_classes else num_classes + 1
-    valid = (target.sum(1, keepdim=True) == 1) & ((target == 0) | (target == 1)).all(
-        1, keepdim=True
-    )
-    return target.argmax(1, keepdim=True).where(valid, invalid)
+    valid = (target.sum(1) == 1) & ((target == 0) | (target == 1)).all(1)
+    return target.argmax(1).where(valid, invalid)
 
 
 def _smooth(probabilities: Tensor, label_smoothing: float) -> Tensor:
@@ -216,7 +224,10 @@ def _weighted(probabilities: Tensor, weight: Tensor | None) -> Tensor:
     return probabilities * weight.view(-1, *[1] * (probabilities.ndim - 2))
 
 
-def _refused_labels(target: Tensor, logits: Tensor, ignore_index: int) -> Exception:
+def refused_labels(
+    target: Tensor, logits: Tensor, ignore_index: int, error: Exception
+) -> Exception:
+    """What to raise when indexing `logits` by `target` raised `error`."""
     if target.ndim == logits.ndim:
         return ValueError(
             "target: integer targets of the input's shape are one-hot labels; expected a single 1 "
@@ -226,6 +237,8 @@ def _refused_labels(target: Tensor, logits: Tensor, ignore_index: int) -> Except
     classes = logits.shape[1]
     message = f"target: expected class indices in [0, {classes}) or {ignore_index} (ignore_index)"
     with contextlib.suppress(RuntimeError):  # under vmap there is no single value to quote
-        bad = (target != ignore_index) & ((target < 0) | (target >= classes))
-        message += f", got {int(target[bad][0])}"
+        bad = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+        if len(bad) == 0:
+            return error  # something else went wrong
+        message += f", got {int(bad[0])}"
     return IndexError(message)

@@ -38,7 +38,7 @@ def compare(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[DATA]",
+            metavar="DATA",
             help="Table (.csv, .parquet), arrays X and y (.npz), or one of digits, wine, "
             "breast_cancer, iris. Default: digits with 300 training rows.",
             show_default=False,

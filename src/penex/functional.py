@@ -9,14 +9,31 @@ arXiv 2510.02107. What the docstrings mark "(derived)" is not in the paper.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from penex._inputs import Batch, check_tensors, number, positive, prepare
+from penex import _eager
+from penex._inputs import (
+    Batch,
+    check_tensors,
+    labels_of,
+    number,
+    positive,
+    prepare,
+    refused_labels,
+    validate,
+)
+from penex._penalty import (
+    PENALTY_MAX,
+    PENALTY_MIN,
+    Estimated,
+    Given,
+    Penalty,
+    PenaltySums,
+    check_penalty_bounds,
+)
 
 __all__ = [
     "confidence_penalty_loss",
@@ -91,27 +108,18 @@ def penex_loss(
         tensor(2.0006)
     """
     alpha = positive("sensitivity", sensitivity)
-    log_threshold = _log_threshold(huberization)
-    batch = prepare(
+    rule = Estimated(alpha, PENALTY_MIN, PENALTY_MAX) if penalty is None else Given(penalty)
+    return penalized(
         input,
         target,
+        alpha=alpha,
+        penalty=rule,
         weight=weight,
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
+        huberization=huberization,
     )
-    log_penalty: float | Tensor
-    if penalty is None:
-        sums = penalty_sums(batch, alpha, log_threshold)
-        log_penalty = sums.log_penalty(alpha, PENALTY_MIN, PENALTY_MAX)
-    elif isinstance(penalty, Tensor):
-        if penalty.numel() != 1:
-            raise ValueError(f"penalty: expected a 0-d tensor, got shape {tuple(penalty.shape)}")
-        log_penalty = penalty.detach().to(batch.logits.dtype).reshape(()).log()
-    else:
-        log_penalty = math.log(positive("penalty", penalty))
-    rows = penex_rows(batch, alpha, log_penalty, log_threshold, reduction)
-    return reduce_rows(rows, input, reduction)
 
 
 def estimate_penalty(
@@ -160,13 +168,9 @@ def estimate_penalty(
     """
     alpha = positive("sensitivity", sensitivity)
     check_penalty_bounds(penalty_min, penalty_max)
+    batched = validate(input, target, weight, ignore_index, "mean", label_smoothing)
     batch = prepare(
-        input,
-        target,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction="mean",
-        label_smoothing=label_smoothing,
+        *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
     )
     sums = penalty_sums(batch, alpha, _log_threshold(huberization))
     return sums.penalty(alpha, penalty_min, penalty_max).where(~sums.empty, math.nan)
@@ -201,15 +205,9 @@ def margin(input: Tensor, target: Tensor) -> Tensor:
     logits, labels = (input, target) if input.ndim > 1 else (input[None], target[None])
     if logits.shape[1] < 2:
         raise ValueError(f"input: a margin needs two classes or more, got {logits.shape[1]}")
-    # A negative ignore_index far out of any range: every label must be a class.
-    batch = prepare(
-        logits,
-        labels,
-        weight=None,
-        ignore_index=torch.iinfo(torch.int64).min,
-        reduction="none",
-        label_smoothing=0.0,
-    )
+    # No index is ignored: every label must be a class.
+    nothing = torch.iinfo(torch.int64).min
+    batch = prepare(logits, labels, weight=None, ignore_index=nothing, label_smoothing=0.0)
     true = batch.select(logits)
     mine = torch.zeros_like(logits, dtype=torch.bool).scatter(1, labels.unsqueeze(1).long(), True)
     result = true.squeeze(1) - logits.masked_fill(mine, -math.inf).amax(1)
@@ -251,13 +249,9 @@ def focal_loss(
         tensor(0.3466)
     """
     gamma = number("gamma", gamma, 0.0, math.inf)
+    batched = validate(input, target, weight, ignore_index, reduction, label_smoothing)
     batch = prepare(
-        input,
-        target,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
+        *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
     )
     log_p = batch.select(F.log_softmax(batch.logits, 1))
     # Where p rounds to 1, or is 0 in a class without mass, the term is 0; a stand-in keeps the
@@ -266,7 +260,7 @@ def focal_loss(
     safe = log_p.where(live, -1.0)
     focus = (-torch.expm1(safe)) ** gamma
     rows = (batch.mass * focus * -safe).where(live, 0.0).sum(1)
-    return reduce_rows(_mean_terms(rows, batch, reduction), input, reduction)
+    return _as_asked(_reduced(rows, batch, reduction), input, reduction)
 
 
 def confidence_penalty_loss(
@@ -308,13 +302,9 @@ def confidence_penalty_loss(
         tensor(0.3466)
     """
     strength = number("strength", strength, 0.0, math.inf)
+    batched = validate(input, target, weight, ignore_index, reduction, label_smoothing)
     batch = prepare(
-        input,
-        target,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
+        *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
     )
     log_p = F.log_softmax(batch.logits, 1)
     finite = log_p.where(log_p > -math.inf, 0.0)  # p log p is 0 at p = 0
@@ -323,58 +313,53 @@ def confidence_penalty_loss(
     live = (batch.mass != 0) | (log_q > -math.inf)  # the rest is 0 * inf
     nll = -(batch.mass * log_q.where(live, 0.0)).sum(1)
     rows = nll - strength * batch.total * entropy
-    return reduce_rows(_mean_terms(rows, batch, reduction), input, reduction)
+    return _as_asked(_reduced(rows, batch, reduction), input, reduction)
 
 
-# What losses.PENEX shares with the functions above.
+def penalized(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    penalty: Penalty,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    huberization: float | None,
+) -> Tensor:
+    """:func:`penex_loss` with any rule for the penalty; :class:`penex.PENEX` calls it too."""
+    log_threshold = _log_threshold(huberization)
+    shape = input, reduction
+    input, target = validate(input, target, weight, ignore_index, reduction, label_smoothing)
 
-PENALTY_MIN, PENALTY_MAX = 1e-10, 100.0
+    def definition(logits: Tensor, log_penalty: float | Tensor | None = None) -> Tensor:
+        batch = prepare(
+            logits,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        if log_penalty is None:
+            log_penalty = penalty.log(lambda: penalty_sums(batch, alpha, log_threshold))
+        rows = penex_rows(batch, alpha, log_penalty, log_threshold, reduction)
+        return rows if reduction == "none" else rows.sum()
 
-
-def check_penalty_bounds(penalty_min: float, penalty_max: float) -> None:
-    """Refuse bounds that are not positive numbers in order."""
-    low, high = positive("penalty_min", penalty_min), positive("penalty_max", penalty_max)
-    if low > high:
-        raise ValueError(f"penalty_min: expected at most penalty_max = {high:g}, got {low:g}")
-
-
-class PenaltySums(NamedTuple):
-    """The two sums that the estimate of the penalty is made of, as logarithms of 0-d tensors."""
-
-    exponential: Tensor
-    """log sum_i A_i"""
-    partition: Tensor
-    """log sum_i omega_i S_i"""
-    num_classes: int
-
-    @property
-    def empty(self) -> Tensor:
-        """Whether there was nothing to sum."""
-        return self.partition == -math.inf
-
-    @property
-    def finite(self) -> Tensor:
-        """Whether the estimate means something: rows were kept, no logit was NaN or infinite."""
-        return self.exponential.isfinite() & self.partition.isfinite()
-
-    def log_penalty(self, alpha: float, penalty_min: float, penalty_max: float) -> Tensor:
-        """log of the clamped estimate; of alpha / K, its value at f = 0, if there was no row."""
-        estimate = math.log(alpha) + self.exponential - self.partition
-        estimate = estimate.where(~self.empty, math.log(alpha / self.num_classes))
-        return estimate.clamp(math.log(penalty_min), math.log(penalty_max))
-
-    def penalty(self, alpha: float, penalty_min: float, penalty_max: float) -> Tensor:
-        """The clamped estimate itself."""
-        estimate = self.log_penalty(alpha, penalty_min, penalty_max).exp()
-        return estimate.clamp(penalty_min, penalty_max)  # exp(log 100) need not be 100
-
-    def over_ranks(self, group: dist.ProcessGroup) -> "PenaltySums":
-        """The sums over the batches of all ranks of `group`: one collective of two numbers."""
-        local = torch.stack([self.exponential, self.partition])
-        ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(ranks, local, group=group)
-        exponential, partition = torch.stack(ranks).logsumexp(0)
-        return PenaltySums(exponential, partition, self.num_classes)
+    dense = target.is_floating_point() or label_smoothing > 0
+    if dense or not _eager.applies(input):
+        return _as_asked(definition(input), *shape)
+    labels = labels_of(target, input, ignore_index)
+    common = (input, labels, alpha, weight, ignore_index)
+    value = None
+    try:
+        if reduction != "none" and log_threshold is None and _eager.plain(input, penalty):
+            value = _eager.plain_loss(*common, reduction == "mean", penalty, definition)
+        if value is None:
+            value = _eager.robust_loss(*common, log_threshold, reduction, penalty, definition)
+    except (IndexError, RuntimeError) as error:
+        raise refused_labels(target, input, ignore_index, error) from error
+    return _as_asked(value, *shape)
 
 
 def penalty_sums(batch: Batch, alpha: float, log_threshold: float | None) -> PenaltySums:
@@ -386,11 +371,7 @@ def penalty_sums(batch: Batch, alpha: float, log_threshold: float | None) -> Pen
         u = u.clamp(max=log_threshold) + torch.log1p(F.relu(u - log_threshold))
     exponential = (u + mass.log()).where(mass > 0, -math.inf)
     partition = (logits.logsumexp(1) + total.log()).where(total > 0, -math.inf)
-    return PenaltySums(
-        exponential.flatten().logsumexp(0),
-        partition.flatten().logsumexp(0),
-        logits.shape[1],
-    )
+    return PenaltySums.of(exponential, partition, logits.shape[1])
 
 
 def penex_rows(
@@ -430,18 +411,18 @@ def _log_threshold(huberization: float | None) -> float | None:
     return None if huberization is None else math.log(positive("huberization", huberization))
 
 
-def _mean_terms(rows: Tensor, batch: Batch, reduction: str) -> Tensor:
-    return rows / batch.denominator if reduction == "mean" else rows
+def _reduced(rows: Tensor, batch: Batch, reduction: str) -> Tensor:
+    if reduction == "none":
+        return rows
+    return rows.sum() / batch.denominator if reduction == "mean" else rows.sum()
 
 
-def reduce_rows(rows: Tensor, input: Tensor, reduction: str) -> Tensor:
-    """Sum the rows unless each is wanted, in the shape and dtype that cross_entropy would give."""
-    if reduction != "none":
-        rows = rows.sum()
-    elif input.ndim == 1:
-        rows = rows.squeeze(0)
+def _as_asked(value: Tensor, input: Tensor, reduction: str) -> Tensor:
+    """`value` in the shape and dtype that cross_entropy would give for `input`."""
+    if reduction == "none" and input.ndim == 1:
+        value = value.squeeze(0)
     # Under autocast cross_entropy runs in, and returns, float32: a float16 loss would overflow
     # as soon as a gradient scaler multiplies it.
     device = input.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return rows if autocast else rows.to(input.dtype)
+    return value if autocast else value.to(input.dtype)

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from penex import functional, inference
-from penex._inputs import check_options, choice, number, positive, prepare
-from penex.functional import PenaltySums
+from penex._inputs import check_options, choice, number, positive
+from penex._penalty import PenaltySums, check_penalty_bounds, estimate
 
 __all__ = ["PENEX", "ConfidencePenaltyLoss", "FocalLoss"]
 
@@ -121,7 +121,7 @@ class PENEX(_Loss):
             raise ValueError("penalty: penalty_mode='fixed' needs a positive number, got None")
         if penalty_mode == "auto" and penalty is not None:
             raise ValueError(f"penalty: penalty_mode='auto' estimates it, got {penalty}")
-        functional.check_penalty_bounds(penalty_min, penalty_max)
+        check_penalty_bounds(penalty_min, penalty_max)
         self.sensitivity = positive("sensitivity", sensitivity)
         self.penalty_min = _float32("penalty_min", penalty_min)
         self.penalty_max = _float32("penalty_max", penalty_max)
@@ -133,42 +133,17 @@ class PENEX(_Loss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of `input` (logits) and `target`, as :func:`penex.functional.penex_loss`."""
-        log_threshold = None if self.huberization is None else math.log(self.huberization)
-        batch = prepare(
+        return functional.penalized(
             input,
             target,
+            alpha=self.sensitivity,
+            penalty=_Held(self),
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            huberization=self.huberization,
         )
-        if self.penalty_mode == "fixed":
-            log_penalty = self.penalty.log()
-        else:
-            sums = functional.penalty_sums(batch, self.sensitivity, log_threshold)
-            learning = self.training and torch.is_grad_enabled()
-            log_penalty = self._log_penalty(sums, learning)
-        rows = functional.penex_rows(
-            batch, self.sensitivity, log_penalty, log_threshold, self.reduction
-        )
-        return functional.reduce_rows(rows, input, self.reduction)
-
-    @torch.no_grad()
-    def _log_penalty(self, sums: PenaltySums, learning: bool) -> Tensor:
-        """log of the penalty for a batch with these sums, absorbed first if `learning`."""
-        if learning and self.process_group is not None:
-            sums = sums.over_ranks(self.process_group)
-        bounds = self.sensitivity, self.penalty_min, self.penalty_max
-        if learning:
-            new = sums.penalty(*bounds).to(self.penalty.dtype)
-            if self.penalty_mode == "running":
-                average = self.penalty.lerp(new, self.ema)
-                new = average.where(~self.penalty.isnan(), new)
-            self.penalty.copy_(new.where(sums.finite, self.penalty))
-        estimate = sums.log_penalty(*bounds)
-        if self.penalty_mode == "auto":
-            return estimate
-        return self.penalty.log().to(estimate.dtype).where(~self.penalty.isnan(), estimate)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the penalty like any buffer, but keep it float32: 1e-10 is 0 in float16."""
@@ -196,6 +171,49 @@ class PENEX(_Loss):
     def predict_log_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
         """Logarithm of :meth:`predict_proba`, computed without leaving the log domain."""
         return inference.predict_log_proba(input, self.sensitivity, _class_dim(input, dim))
+
+
+class _Held:
+    """The penalty of a criterion for one batch; in training the batch is absorbed first."""
+
+    def __init__(self, criterion: PENEX) -> None:
+        self.criterion = criterion
+        self.mode = criterion.penalty_mode
+        self.learning = self.mode != "fixed" and criterion.training and torch.is_grad_enabled()
+        self.group = criterion.process_group if self.learning else None
+        self.local = self.group is None
+        self.bounds = criterion.sensitivity, criterion.penalty_min, criterion.penalty_max
+
+    def log(self, sums: Callable[[], PenaltySums]) -> Tensor:
+        held = self.criterion.penalty
+        if self.mode == "fixed":
+            return held.log()
+        found = sums() if self.group is None else sums().over_ranks(self.group)
+        if self.learning:
+            new = found.penalty(*self.bounds).to(held.dtype)
+            if self.mode == "running":
+                new = held.lerp(new, self.criterion.ema).where(~held.isnan(), new)
+            held.copy_(new.where(found.finite, held))
+        estimate = found.log_penalty(*self.bounds)
+        if self.mode == "auto":
+            return estimate
+        return held.log().to(estimate.dtype).where(~held.isnan(), estimate)
+
+    def value(self, log_exponential: float, log_partition: float) -> float:
+        held = self.criterion.penalty
+        before = held.item()
+        if self.mode == "fixed":
+            return before
+        found = estimate(log_exponential, log_partition, *self.bounds)
+        if self.learning:
+            new = found
+            if self.mode == "running" and not math.isnan(before):
+                new = before + self.criterion.ema * (found - before)
+            held.fill_(new)
+        if self.mode == "auto":
+            return found
+        after = held.item()
+        return found if math.isnan(after) else after
 
 
 class FocalLoss(_Loss):

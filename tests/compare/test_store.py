@@ -1,13 +1,11 @@
 """What is in the output folder is whole, whatever happens while it is written."""
 
-import contextlib
-import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
+import disk
 import numpy as np
 import pytest
 
@@ -18,17 +16,6 @@ from penex.compare.errors import CompareError
 
 IRIS = load("iris")
 CONFIG = Config(data="iris")
-
-
-@contextlib.contextmanager
-def full_disk(most: int) -> Iterator[None]:
-    """No file can grow beyond `most` bytes, which is how the system says that space ran out."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder: Path) -> set[str]:
@@ -59,7 +46,7 @@ def test_a_text_is_the_old_one_until_it_is_the_new_one(tmp_path: Path) -> None:
 def test_a_text_without_room_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "text"
     store.write_text(path, "old")
-    with full_disk(1000), pytest.raises(OSError, match="too large"):
+    with disk.full(1000), pytest.raises(OSError, match="too large"):
         store.write_text(path, "n" * 1001)
     assert path.read_text() == "old"
     assert names(tmp_path) == {"text"}
@@ -93,9 +80,13 @@ def test_a_run_appears_when_it_is_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_a_run_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), store.new_run(tmp_path / "runs" / "seed-0") as partial:
-        (partial / "run.json").write_text("{}")
-        raise error
+    def fail() -> None:
+        with store.new_run(tmp_path / "runs" / "seed-0") as partial:
+            (partial / "run.json").write_text("{}")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert list((tmp_path / "runs").iterdir()) == []
 
 

@@ -81,6 +81,15 @@ def test_a_restart_proposes_what_would_have_been_proposed(tmp_path: Path) -> Non
         ]
         one, other = (read_logits(folder) for folder in folders)
         assert all(np.array_equal(one[name], other[name]) for name in one)
+    # A proposal takes all trials before it into account, the last one too: very good or very bad.
+    path = trial_folder(restarted, "penex", 11) / "run.json"
+    text, proposals = path.read_text(), set()
+    for score in (-9, 9):
+        path.write_text(text.replace('"validation_nll": ', f'"validation_nll": {score}, "x": '))
+        shutil.rmtree(trial_folder(restarted, "penex", 12))
+        tune(restarted, "penex", config, dataset)
+        proposals.add(trials(restarted, "penex")[12]["lr"])
+    assert len(proposals) == 2
 
 
 def test_more_trials_are_another_configuration_but_more_losses_are_not(

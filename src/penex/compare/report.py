@@ -11,7 +11,7 @@ from markupsafe import Markup
 from penex.compare import plots, tables
 from penex.compare.analysis import EPOCHS, SCALINGS, summarize
 from penex.compare.registry import LOSSES, REFERENCE
-from penex.compare.store import write_json, write_text
+from penex.compare.store import room, write_json, write_text
 from penex.metrics import METRICS
 
 PEER = LOSSES[REFERENCE].label.lower()
@@ -31,13 +31,15 @@ def write(folder: Path) -> dict[str, Any]:
         The content of results.json.
 
     Raises:
-        CompareError: `folder` holds no comparison, no finished run, or a damaged file.
+        CompareError: `folder` holds no comparison, no finished run, or a damaged file; or the
+            disk is full.
     """
     results = summarize(folder)
     page = _page(results, plots.gather(folder, results))
-    write_json(folder / "results.json", results)
-    write_text(folder / "table.tex", tables.latex(results))
-    write_text(folder / "report.html", page)
+    with room(folder):
+        write_json(folder / "results.json", results)
+        write_text(folder / "table.tex", tables.latex(results))
+        write_text(folder / "report.html", page)
     return results
 
 

@@ -1,7 +1,6 @@
 """The comparison as a whole: claims a folder, runs what is missing in it, reports what is there."""
 
 import contextlib
-import errno
 import functools
 import multiprocessing
 import os
@@ -16,7 +15,6 @@ import joblib
 from penex.compare.config import Config, Task
 from penex.compare.data import Dataset, load
 from penex.compare.display import Display
-from penex.compare.errors import CompareError
 from penex.compare.registry import contender
 from penex.compare.splits import draw_rows
 from penex.compare.store import (
@@ -25,6 +23,7 @@ from penex.compare.store import (
     epochs_done,
     lock,
     read_json,
+    room,
     run_folder,
     trial_folder,
 )
@@ -47,7 +46,7 @@ def compare(config: Config, folder: Path, *, jobs: int, display: Display) -> Non
     dataset = load(config.data, config.target)
     for seed in range(config.seeds):  # refuse now what would be refused after hours
         draw_rows(dataset, seed, config.train_size, config.validation_size, config.test_size)
-    with lock(folder), _tidy(folder):
+    with lock(folder), room(folder), _tidy(folder):
         claim(folder, config, dataset)
         if config.tune:
             trials = [
@@ -134,15 +133,8 @@ def _follow_the_parent() -> None:
 
 @contextlib.contextmanager
 def _tidy(folder: Path) -> Iterator[None]:
-    """Leave nothing half-written behind, and say plainly when the disk is full."""
+    """Leave nothing half-written behind."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise CompareError(
-            f"out: no space left for {folder} ({error.strerror}). Finished runs are kept; make "
-            "room and the same command continues."
-        ) from error
     finally:
         clear_partial(folder)

@@ -49,6 +49,24 @@ def lock(folder: Path) -> Iterator[None]:
         raise CompareError(f"out: cannot work in {folder}: {error.strerror}") from None
 
 
+@contextlib.contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Say plainly that the disk is full if it becomes so while `folder` is written to.
+
+    Raises:
+        CompareError: In place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CompareError(
+            f"out: no space left for {folder} ({error.strerror}). Finished runs are kept; make "
+            "room and the same command continues."
+        ) from error
+
+
 def claim(folder: Path, config: Config, dataset: Dataset) -> None:
     """Make `folder` this comparison's, or check that it is, and clear what was never finished.
 

@@ -138,17 +138,14 @@ def _terminal(results: dict[str, Any], epoch: str, *, stacked: bool) -> Table:
         show_edge=False,
         leading=int(stacked),
     )
-    lines = list(rows(results, epoch))
-    # Only labels wrap, between words; from anything else Rich would cut the end off.
-    words = " ".join(row.label for row in lines).split()
-    table.add_column("Loss", min_width=max(map(len, words)))
+    table.add_column("Loss")  # wraps between words; from numbers Rich would cut the end off
     for title in header():
         text = title.replace(" ", "\n", 1) if stacked else title
         table.add_column(f"{text} ", justify="right", no_wrap=True)
     table.add_column("ms/epoch", justify="right", no_wrap=True)
     styles = {1: "green", 0: "dim", -1: "red"}
     plus_minus = "\n±" if stacked else "±"
-    for row in lines:
+    for row in rows(results, epoch):
         texts = []
         for cell in row.cells:
             value, change = (part.replace("±", plus_minus) for part in cell[:2])

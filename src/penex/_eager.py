@@ -1,0 +1,336 @@
+r"""PENEX of class indices in eager mode: value and gradient in few passes over the logits.
+
+:func:`penex.functional.penex_rows` is the definition, and what compilers, function transforms and
+higher derivatives get; the tests hold this module to it. Here every operation on all N x K numbers
+counts: there are few, they work on pieces that stay in the cache, and no more memory is taken than
+the gradient needs. The gradient is separable over classes,
+
+.. math:: \partial \ell_i / \partial f_{ij} = \rho\,\omega_i e^{f_{ij}}
+   - \alpha\,\omega_i e^{-\alpha f_{ij}} 1[j = y_i],
+
+so the exponentials of the value are, up to a factor for each row, the gradient.
+
+:func:`plain_loss` makes use of that on the CPU: it sums :math:`e^f` as it is and keeps it. What
+could overflow or lose digits that way it leaves to :func:`robust_loss`, which shifts each row by
+its maximum, computes the exponentials of the gradient anew, and never synchronises.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from penex._penalty import Penalty, PenaltySums
+
+LOG2E = 1 / math.log(2)
+"""e^x is taken as 2^(x LOG2E): torch's exp2 is several times faster than its exp on the CPU."""
+PIECE = 1 << 19
+"""Logits worked on at a time, few enough to stay in the cache."""
+SAFE = 1e30
+"""Between 1 / SAFE and SAFE nothing was lost to overflow or underflow that float32 could show."""
+
+Definition = Callable[[Tensor], Tensor]
+"""The loss as a function of the logits, differentiable any number of times."""
+
+
+def applies(input: Tensor) -> bool:
+    """Whether this is a plain call in eager mode, which only autograd's backward looks into."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(input) in (Tensor, torch.nn.Parameter)
+        and input.device.type != "meta"
+        and input.numel() > 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad.unpack_dual(input).tangent is None  # type: ignore[no-untyped-call]
+    )
+
+
+def plain(input: Tensor, penalty: Penalty) -> bool:
+    """Whether :func:`plain_loss` may be tried: sums can be looked at, and are exact enough."""
+    return (
+        input.device.type == "cpu"
+        and input.dtype in (torch.float32, torch.float64)
+        and penalty.local
+    )
+
+
+def weighted_rows(
+    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Labels to gather with, and omega_i, zero for ignored rows; both (N, 1, d1, ...)."""
+    labels = target.unsqueeze(1)
+    keep = labels != ignore_index
+    labels = labels.where(keep, 0)
+    return labels, keep.to(dtype) if weight is None else weight.to(dtype)[labels] * keep
+
+
+# The plain way, on the CPU: e^f as it is.
+
+
+def plain_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: float,
+    weight: Tensor | None,
+    ignore_index: int,
+    mean: bool,
+    penalty: Penalty,
+    definition: Callable[[Tensor, float], Tensor],
+) -> Tensor | None:
+    """The mean or sum over a batch, or None where only :func:`robust_loss` is exact.
+
+    Args:
+        input: (N, K, d1, ...) on the CPU, float32 or float64.
+        target: Class indices, int64, (N, d1, ...).
+        alpha: Sensitivity.
+        weight: Class weights, (K).
+        ignore_index: Label of rows that do not count.
+        mean: Divide by the sum of the weights of the kept rows.
+        penalty: The rule for rho.
+        definition: The loss of logits at a given log rho.
+
+    Raises:
+        IndexError, RuntimeError: A label is out of range.
+    """
+    with torch.no_grad():
+        labels, mass = target.unsqueeze(1), None
+        try:  # gather checks the range, which finds ignored rows without another look
+            if weight is not None or 0 <= ignore_index < input.shape[1]:
+                raise IndexError
+            true = input.gather(1, labels)
+        except (IndexError, RuntimeError):
+            labels, mass = weighted_rows(target, weight, ignore_index, input.dtype)
+            true = input.gather(1, labels)
+        exponential = true.mul_(-alpha).exp_()
+        if mass is not None:
+            exponential.mul_(mass)
+        needs_gradient = input.requires_grad
+        powers = torch.empty_like(input) if needs_gradient else None
+        sum_a, sum_s = float(exponential.sum()), _sum_powers(input, mass, powers)
+        if not (1 / SAFE < sum_a < SAFE and 1 / SAFE < sum_s < SAFE):
+            return None
+        rho = penalty.value(math.log(sum_a), math.log(sum_s))
+        divisor = 1.0
+        if mean:
+            divisor = float(labels.numel() if mass is None else mass.sum())
+        value = (sum_a + rho * sum_s) / divisor
+    return _Plain.apply(  # type: ignore[no-any-return, no-untyped-call]
+        input,
+        value,
+        labels,
+        mass,
+        exponential,
+        powers,
+        rho / divisor,
+        -alpha / divisor,
+        lambda logits: definition(logits, math.log(rho)),
+    )
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        value: float,
+        labels: Tensor,
+        mass: Tensor | None,
+        exponential: Tensor,
+        powers: Tensor | None,
+        partition_factor: float,
+        exponential_factor: float,
+        definition: Definition,
+    ) -> Tensor:
+        ctx.save_for_backward(input, labels, mass, exponential)
+        ctx.powers = powers
+        ctx.factors = partition_factor, exponential_factor
+        ctx.definition = definition
+        return input.new_tensor(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, labels, mass, exponential = ctx.saved_tensors
+        if _looked_into(grad):
+            return _differentiable(ctx.definition, input, grad), *[None] * 8
+        # The kept exponentials become the gradient. A second backward computes them again.
+        powers, ctx.powers = ctx.powers, None
+        by_partition, by_exponential = (float(grad) * factor for factor in ctx.factors)
+        at_label = exponential * by_exponential
+        largest = abs(by_partition) * (1.0 if mass is None else float(mass.max()))
+        if not (largest == 0 or 1 / SAFE < largest <= 1):
+            # So large a factor would bring up what underflow has taken from the exponentials.
+            log_factor = math.log(abs(by_partition)) if by_partition else -math.inf
+            log_rows = torch.zeros_like(exponential) if mass is None else mass.log()
+            sign = torch.full_like(grad, math.copysign(1.0, by_partition))
+            gradient = _gradient(input, labels, log_rows + log_factor, sign, at_label)
+            return gradient, *[None] * 8
+        if powers is None:
+            powers = torch.empty_like(input)
+            _sum_powers(input, mass, powers)
+        powers.mul_(by_partition if mass is None else mass * by_partition)
+        powers.scatter_add_(1, labels, at_label)
+        return powers, *[None] * 8
+
+
+def _sum_powers(input: Tensor, mass: Tensor | None, out: Tensor | None) -> float:
+    """sum_i omega_i sum_j e^{f_ij}; the powers themselves go to `out`, if given."""
+    total = 0.0
+    scratch = None
+    for piece in _pieces(input):
+        logits = input[piece]
+        if out is not None:
+            powers = out[piece]
+        else:
+            scratch = torch.empty_like(logits) if scratch is None else scratch[: len(logits)]
+            powers = scratch
+        torch.mul(logits, LOG2E, out=powers).exp2_()
+        total += float(powers.sum() if mass is None else (powers.sum(1, True) * mass[piece]).sum())
+    return total
+
+
+# The robust way, on every device: each row shifted by its maximum.
+
+
+def robust_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: float,
+    weight: Tensor | None,
+    ignore_index: int,
+    log_threshold: float | None,
+    reduction: str,
+    penalty: Penalty,
+    definition: Callable[[Tensor, float | Tensor], Tensor],
+) -> Tensor:
+    """The loss of any batch with class indices, with any reduction.
+
+    Args:
+        input: (N, K, d1, ...), any floating-point dtype.
+        target: Class indices, int64, (N, d1, ...).
+        alpha: Sensitivity.
+        weight: Class weights, (K).
+        ignore_index: Label of rows that do not count.
+        log_threshold: Where huberization sets in, as a logarithm, or None.
+        reduction: "mean", "sum" or "none".
+        penalty: The rule for rho.
+        definition: The loss of logits at a given log rho.
+
+    Returns:
+        The loss in float32 or float64.
+
+    Raises:
+        IndexError, RuntimeError: A label is out of range, on the CPU.
+    """
+    with torch.no_grad():
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        labels, mass = weighted_rows(target, weight, ignore_index, dtype)
+        live, log_mass = mass > 0, mass.log()
+        u = -alpha * input.gather(1, labels).to(dtype)
+        log_slope = u if log_threshold is None else u.clamp(max=log_threshold)
+        log_exponential = log_slope + log_mass
+        if log_threshold is not None:
+            log_exponential = log_exponential + torch.log1p(F.relu(u - log_threshold))
+        log_exponential = log_exponential.masked_fill(~live, -math.inf)
+        log_partition = (_log_partition(input, dtype) + log_mass).masked_fill(~live, -math.inf)
+        sums = PenaltySums.of(log_exponential, log_partition, input.shape[1])
+        log_penalty = penalty.log(lambda: sums)
+        if reduction == "none":
+            value = (log_exponential.exp() + (log_partition + log_penalty).exp()).squeeze(1)
+            log_divisor = torch.zeros((), dtype=dtype, device=input.device)
+        else:
+            divisor = mass.sum() if reduction == "mean" else torch.ones_like(sums.partition)
+            log_divisor = divisor.where(divisor != 0, 1).log()
+            value = (sums.exponential - log_divisor).exp()
+            value = value + (sums.partition + (log_penalty - log_divisor)).exp()
+        log_rows = log_mass + (log_penalty - log_divisor)
+        log_slope = (log_slope + log_mass - log_divisor).masked_fill(~live, -math.inf)
+    return _Robust.apply(  # type: ignore[no-any-return, no-untyped-call]
+        input,
+        value,
+        labels,
+        log_rows,
+        -alpha * log_slope.exp(),
+        lambda logits: definition(logits, log_penalty),
+    )
+
+
+class _Robust(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        value: Tensor,
+        labels: Tensor,
+        log_rows: Tensor,
+        slope: Tensor,
+        definition: Definition,
+    ) -> Tensor:
+        ctx.save_for_backward(input, labels, log_rows, slope)
+        ctx.definition = definition
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, labels, log_rows, slope = ctx.saved_tensors
+        if _looked_into(grad):
+            return _differentiable(ctx.definition, input, grad), *[None] * 5
+        if grad.ndim:
+            grad = grad.unsqueeze(1)
+        return _gradient(input, labels, log_rows, grad, slope * grad), *[None] * 5
+
+
+def _log_partition(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """log sum_j e^{f_ij}, (N, 1, d1, ...)."""
+    parts = []
+    limits = torch.finfo(dtype)
+    for piece in _pieces(input):
+        logits = input[piece].to(dtype)
+        largest = logits.amax(1, keepdim=True).clamp_(limits.min, limits.max)
+        powers = torch.sub(logits, largest).mul_(LOG2E).exp2_()
+        parts.append(powers.sum(1, keepdim=True).log_().add_(largest))
+    return torch.cat(parts)
+
+
+def _gradient(
+    input: Tensor, labels: Tensor, log_rows: Tensor, factor: Tensor, at_label: Tensor
+) -> Tensor:
+    """factor * exp(f + log_rows), plus `at_label` at the labels, rounded to the input's dtype once.
+
+    `factor` is 0-d or has the shape of `log_rows`. Where log_rows is -inf the row is zero.
+    """
+    gradient = torch.empty_like(input)
+    log2_rows, dead = log_rows * LOG2E, log_rows == -math.inf
+    for piece in _pieces(input):
+        exact = input.dtype == log_rows.dtype
+        logits = input[piece].to(log_rows.dtype)
+        out = gradient[piece] if exact else torch.empty_like(logits)
+        torch.add(log2_rows[piece], logits, alpha=LOG2E, out=out).exp2_()
+        out.mul_(factor[piece] if factor.ndim else factor)
+        out.scatter_add_(1, labels[piece], at_label[piece]).masked_fill_(dead[piece], 0)
+        if not exact:
+            gradient[piece] = out
+    return gradient
+
+
+def _pieces(input: Tensor) -> Iterator[slice]:
+    """The rows of `input` in pieces of about PIECE logits."""
+    step = max(PIECE * len(input) // input.numel(), 1)
+    for start in range(0, len(input), step):
+        yield slice(start, start + step)
+
+
+def _looked_into(grad: Tensor) -> bool:
+    """Whether this backward is itself to be differentiated, or runs for a batch of gradients."""
+    batched = not torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.Dense)
+    return torch.is_grad_enabled() or batched
+
+
+def _differentiable(definition: Definition, input: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with a graph of its own, by differentiating the definition."""
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(definition(input), input, grad, create_graph=True)
+    return gradient
