@@ -17,6 +17,7 @@ its maximum, computes the exponentials of the gradient anew, and never synchroni
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from penex._penalty import Penalty, PenaltySums
 
 LOG2E = 1 / math.log(2)
 """e^x is taken as 2^(x LOG2E): torch's exp2 is several times faster than its exp on the CPU."""
-PIECE = 1 << 19
+PIECE = 1 << 20
 """Logits worked on at a time, few enough to stay in the cache."""
 SAFE = 1e30
 """Between 1 / SAFE and SAFE nothing was lost to overflow or underflow that float32 could show."""
+
+_DENSE = torch._C.DispatchKey.Dense  # what a tensor that stands for a batch of them lacks
 
 Definition = Callable[[Tensor], Tensor]
 """The loss as a function of the logits, differentiable any number of times."""
@@ -42,20 +45,16 @@ def applies(input: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(input) in (Tensor, torch.nn.Parameter)
-        and input.device.type != "meta"
+        and not input.is_meta
         and input.numel() > 0
+        and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
-        and forward_ad.unpack_dual(input).tangent is None  # type: ignore[no-untyped-call]
     )
 
 
 def plain(input: Tensor, penalty: Penalty) -> bool:
     """Whether :func:`plain_loss` may be tried: sums can be looked at, and are exact enough."""
-    return (
-        input.device.type == "cpu"
-        and input.dtype in (torch.float32, torch.float64)
-        and penalty.local
-    )
+    return input.is_cpu and input.dtype in (torch.float32, torch.float64) and penalty.local
 
 
 def weighted_rows(
@@ -71,124 +70,94 @@ def weighted_rows(
 # The plain way, on the CPU: e^f as it is.
 
 
-def plain_loss(
-    input: Tensor,
-    target: Tensor,
-    alpha: float,
-    weight: Tensor | None,
-    ignore_index: int,
-    mean: bool,
-    penalty: Penalty,
-    definition: Callable[[Tensor, float], Tensor],
-) -> Tensor | None:
-    """The mean or sum over a batch, or None where only :func:`robust_loss` is exact.
+@dataclass(slots=True)
+class PlainCall:
+    """A mean or sum over a batch on the CPU."""
 
-    Args:
-        input: (N, K, d1, ...) on the CPU, float32 or float64.
-        target: Class indices, int64, (N, d1, ...).
-        alpha: Sensitivity.
-        weight: Class weights, (K).
-        ignore_index: Label of rows that do not count.
-        mean: Divide by the sum of the weights of the kept rows.
-        penalty: The rule for rho.
-        definition: The loss of logits at a given log rho.
+    target: Tensor
+    """Class indices, int64, (N, d1, ...)."""
+    alpha: float
+    weight: Tensor | None
+    ignore_index: int
+    mean: bool
+    penalty: Penalty
+    definition: Callable[[Tensor, float], Tensor]
+    """The loss of logits at a given log rho."""
+    safe: bool = True
+    """Whether the value that came out is exact; if not, :func:`robust_loss` is needed."""
+
+
+def plain_loss(input: Tensor, call: PlainCall) -> Tensor | None:
+    """The loss of `input`, (N, K, d1, ...), float32 or float64; None if that is not safe.
 
     Raises:
         IndexError, RuntimeError: A label is out of range.
     """
-    with torch.no_grad():
-        labels, mass = target.unsqueeze(1), None
-        try:  # gather checks the range, which finds ignored rows without another look
-            if weight is not None or 0 <= ignore_index < input.shape[1]:
-                raise IndexError
-            true = input.gather(1, labels)
-        except (IndexError, RuntimeError):
-            labels, mass = weighted_rows(target, weight, ignore_index, input.dtype)
-            true = input.gather(1, labels)
-        exponential = true.mul_(-alpha).exp_()
-        if mass is not None:
-            exponential.mul_(mass)
-        needs_gradient = input.requires_grad
-        powers = torch.empty_like(input) if needs_gradient else None
-        sum_a, sum_s = float(exponential.sum()), _sum_powers(input, mass, powers)
-        if not (1 / SAFE < sum_a < SAFE and 1 / SAFE < sum_s < SAFE):
-            return None
-        rho = penalty.value(math.log(sum_a), math.log(sum_s))
-        divisor = 1.0
-        if mean:
-            divisor = float(labels.numel() if mass is None else mass.sum())
-        value = (sum_a + rho * sum_s) / divisor
-    return _Plain.apply(  # type: ignore[no-any-return, no-untyped-call]
-        input,
-        value,
-        labels,
-        mass,
-        exponential,
-        powers,
-        rho / divisor,
-        -alpha / divisor,
-        lambda logits: definition(logits, math.log(rho)),
-    )
+    value: Tensor = _Plain.apply(input, call)  # type: ignore[no-untyped-call]
+    return value if call.safe else None
 
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        value: float,
-        labels: Tensor,
-        mass: Tensor | None,
-        exponential: Tensor,
-        powers: Tensor | None,
-        partition_factor: float,
-        exponential_factor: float,
-        definition: Definition,
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, call: PlainCall) -> Tensor:
+        labels, mass = call.target.unsqueeze(1), None
+        try:  # gather checks the range, which finds ignored rows without another look
+            if call.weight is not None or 0 <= call.ignore_index < input.shape[1]:
+                raise IndexError
+            true = input.gather(1, labels)
+        except (IndexError, RuntimeError):
+            labels, mass = weighted_rows(call.target, call.weight, call.ignore_index, input.dtype)
+            true = input.gather(1, labels)
+        exponential = true.mul_(-call.alpha).exp_()
+        if mass is not None:
+            exponential.mul_(mass)
+        powers = torch.empty_like(input) if ctx.needs_input_grad[0] else None
+        sum_a, sum_s = exponential.sum().item(), _sum_powers(input, mass, powers)
+        call.safe = 1 / SAFE < sum_a < SAFE and 1 / SAFE < sum_s < SAFE
+        if not call.safe:
+            return input.new_empty(())
+        rho = call.penalty.value(sum_a, sum_s)
+        divisor = 1.0
+        if call.mean:
+            divisor = float(labels.numel()) if mass is None else mass.sum().item()
         ctx.save_for_backward(input, labels, mass, exponential)
-        ctx.powers = powers
-        ctx.factors = partition_factor, exponential_factor
-        ctx.definition = definition
-        return input.new_tensor(value)
+        ctx.powers, ctx.definition = powers, call.definition
+        ctx.rho, ctx.alpha, ctx.divisor = rho, call.alpha, divisor
+        return torch.scalar_tensor((sum_a + rho * sum_s) / divisor, dtype=input.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         input, labels, mass, exponential = ctx.saved_tensors
         if _looked_into(grad):
-            return _differentiable(ctx.definition, input, grad), *[None] * 8
+            log_penalty = math.log(ctx.rho)
+            return _differentiable(lambda f: ctx.definition(f, log_penalty), input, grad), None
         # The kept exponentials become the gradient. A second backward computes them again.
         powers, ctx.powers = ctx.powers, None
-        by_partition, by_exponential = (float(grad) * factor for factor in ctx.factors)
-        at_label = exponential * by_exponential
-        largest = abs(by_partition) * (1.0 if mass is None else float(mass.max()))
+        share = grad.item() / ctx.divisor
+        at_label, factor = exponential * (-ctx.alpha * share), ctx.rho * share
+        largest = abs(factor) if mass is None else abs(factor) * mass.max().item()
         if not (largest == 0 or 1 / SAFE < largest <= 1):
             # So large a factor would bring up what underflow has taken from the exponentials.
-            log_factor = math.log(abs(by_partition)) if by_partition else -math.inf
             log_rows = torch.zeros_like(exponential) if mass is None else mass.log()
-            sign = torch.full_like(grad, math.copysign(1.0, by_partition))
-            gradient = _gradient(input, labels, log_rows + log_factor, sign, at_label)
-            return gradient, *[None] * 8
+            log_rows += math.log(abs(factor)) if factor else -math.inf
+            sign = torch.full_like(grad, math.copysign(1.0, factor))
+            return _gradient(input, labels, log_rows, sign, at_label), None
         if powers is None:
             powers = torch.empty_like(input)
             _sum_powers(input, mass, powers)
-        powers.mul_(by_partition if mass is None else mass * by_partition)
-        powers.scatter_add_(1, labels, at_label)
-        return powers, *[None] * 8
+        powers.mul_(factor if mass is None else mass * factor)
+        return powers.scatter_add_(1, labels, at_label), None
 
 
 def _sum_powers(input: Tensor, mass: Tensor | None, out: Tensor | None) -> float:
     """sum_i omega_i sum_j e^{f_ij}; the powers themselves go to `out`, if given."""
+    if input.numel() <= PIECE or len(input) == 1:
+        powers = torch.mul(input, LOG2E, out=out).exp2_()
+        return (powers.sum() if mass is None else (powers.sum(1, True) * mass).sum()).item()
     total = 0.0
-    scratch = None
-    for piece in _pieces(input):
-        logits = input[piece]
-        if out is not None:
-            powers = out[piece]
-        else:
-            scratch = torch.empty_like(logits) if scratch is None else scratch[: len(logits)]
-            powers = scratch
-        torch.mul(logits, LOG2E, out=powers).exp2_()
-        total += float(powers.sum() if mass is None else (powers.sum(1, True) * mass[piece]).sum())
+    for piece in pieces(input):
+        part, place = (None if rows is None else rows[piece] for rows in (mass, out))
+        total += _sum_powers(input[piece], part, place)
     return total
 
 
@@ -287,7 +256,7 @@ def _log_partition(input: Tensor, dtype: torch.dtype) -> Tensor:
     """log sum_j e^{f_ij}, (N, 1, d1, ...)."""
     parts = []
     limits = torch.finfo(dtype)
-    for piece in _pieces(input):
+    for piece in pieces(input):
         logits = input[piece].to(dtype)
         largest = logits.amax(1, keepdim=True).clamp_(limits.min, limits.max)
         powers = torch.sub(logits, largest).mul_(LOG2E).exp2_()
@@ -304,7 +273,7 @@ def _gradient(
     """
     gradient = torch.empty_like(input)
     log2_rows, dead = log_rows * LOG2E, log_rows == -math.inf
-    for piece in _pieces(input):
+    for piece in pieces(input):
         exact = input.dtype == log_rows.dtype
         logits = input[piece].to(log_rows.dtype)
         out = gradient[piece] if exact else torch.empty_like(logits)
@@ -316,7 +285,7 @@ def _gradient(
     return gradient
 
 
-def _pieces(input: Tensor) -> Iterator[slice]:
+def pieces(input: Tensor) -> Iterator[slice]:
     """The rows of `input` in pieces of about PIECE logits."""
     step = max(PIECE * len(input) // input.numel(), 1)
     for start in range(0, len(input), step):
@@ -325,8 +294,7 @@ def _pieces(input: Tensor) -> Iterator[slice]:
 
 def _looked_into(grad: Tensor) -> bool:
     """Whether this backward is itself to be differentiated, or runs for a batch of gradients."""
-    batched = not torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.Dense)
-    return torch.is_grad_enabled() or batched
+    return torch.is_grad_enabled() or not torch._C._dispatch_keys(grad).has(_DENSE)
 
 
 def _differentiable(definition: Definition, input: Tensor, grad: Tensor) -> Tensor:

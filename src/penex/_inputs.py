@@ -78,17 +78,14 @@ def validate(
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """Check a call; `input` and `target` as a batch, of one if they are unbatched.
+    """Check the tensors of a call; input and target as a batch, of one if they are unbatched.
 
     Raises:
         TypeError: `input` is not a floating-point tensor, or `target` is neither integer nor
             floating point.
-        ValueError: An option, or the shape of `target` or `weight`, is not what was expected.
+        ValueError: The shape of `target` or `weight` is not what was expected.
     """
-    check_options(ignore_index, reduction, label_smoothing)
     check_tensors(input, target)
     if input.ndim == 1:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
@@ -127,19 +124,19 @@ def prepare(
 
 def check_tensors(input: Tensor, target: Tensor) -> None:
     """Refuse what is not logits with a target of a fitting dtype and shape."""
-    for name, value in (("input", input), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        name, value = ("target", target) if isinstance(input, Tensor) else ("input", input)
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not input.is_floating_point():
         raise TypeError(f"input: expected floating-point logits, got {input.dtype}")
     if input.ndim == 0:
         raise ValueError("input: expected shape (K), (N, K) or (N, K, d1, ...), got a 0-d tensor")
-    shape = tuple(input.shape)
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ValueError(
-                "target: floating-point targets are class probabilities and need the input's "
-                f"shape {shape}, got {tuple(target.shape)}; class indices need an integer dtype"
+                "target: floating-point targets are class probabilities and need the input's shape "
+                f"{tuple(input.shape)}, got {tuple(target.shape)}; class indices need an integer "
+                "dtype"
             )
         return
     if target.dtype not in _INDEX_DTYPES:
@@ -147,10 +144,11 @@ def check_tensors(input: Tensor, target: Tensor) -> None:
             "target: expected class indices (integer) or class probabilities (floating point), "
             f"got {target.dtype}"
         )
-    indices = shape[:1] + shape[2:] if input.ndim > 1 else ()
+    indices = input.shape[:1] + input.shape[2:] if input.ndim > 1 else torch.Size()
     if target.shape != indices and target.shape != input.shape:
+        shape = tuple(input.shape)
         raise ValueError(
-            f"target: expected class indices of shape {indices}, or one-hot labels or class "
+            f"target: expected class indices of shape {tuple(indices)}, or one-hot labels or class "
             f"probabilities of shape {shape}, for input {shape}; got {tuple(target.shape)}"
         )
 

@@ -76,8 +76,8 @@ class Penalty(Protocol):
         """log rho for a batch with these sums."""
         ...
 
-    def value(self, log_exponential: float, log_partition: float) -> float:
-        """The same in plain numbers, where both sums are finite and on the CPU."""
+    def value(self, exponential: float, partition: float) -> float:
+        """rho itself for a batch with these sums, which are neither zero nor infinite."""
         ...
 
 
@@ -104,7 +104,7 @@ class Given:
             return self.penalty.log()
         return math.log(self.penalty)
 
-    def value(self, log_exponential: float, log_partition: float) -> float:
+    def value(self, exponential: float, partition: float) -> float:
         return float(self.penalty)
 
 
@@ -119,17 +119,16 @@ class Estimated:
     def log(self, sums: Callable[[], PenaltySums]) -> Tensor:
         return sums().log_penalty(*self.bounds)
 
-    def value(self, log_exponential: float, log_partition: float) -> float:
-        return estimate(log_exponential, log_partition, *self.bounds)
+    def value(self, exponential: float, partition: float) -> float:
+        return estimate(exponential, partition, *self.bounds)
 
 
 def estimate(
-    log_exponential: float,
-    log_partition: float,
+    exponential: float,
+    partition: float,
     alpha: float,
     penalty_min: float,
     penalty_max: float,
 ) -> float:
     """:meth:`PenaltySums.penalty` in plain numbers."""
-    value = alpha * math.exp(log_exponential - log_partition)
-    return min(max(value, penalty_min), penalty_max)
+    return min(max(alpha * exponential / partition, penalty_min), penalty_max)

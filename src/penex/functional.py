@@ -17,6 +17,7 @@ from torch import Tensor
 from penex import _eager
 from penex._inputs import (
     Batch,
+    check_options,
     check_tensors,
     labels_of,
     number,
@@ -107,6 +108,7 @@ def penex_loss(
         >>> penex_loss(logits, torch.tensor([0, 1]), sensitivity=0.5, penalty=0.25)
         tensor(2.0006)
     """
+    check_options(ignore_index, reduction, label_smoothing)
     alpha = positive("sensitivity", sensitivity)
     rule = Estimated(alpha, PENALTY_MIN, PENALTY_MAX) if penalty is None else Given(penalty)
     return penalized(
@@ -168,7 +170,8 @@ def estimate_penalty(
     """
     alpha = positive("sensitivity", sensitivity)
     check_penalty_bounds(penalty_min, penalty_max)
-    batched = validate(input, target, weight, ignore_index, "mean", label_smoothing)
+    check_options(ignore_index, "mean", label_smoothing)
+    batched = validate(input, target, weight, ignore_index)
     batch = prepare(
         *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
     )
@@ -249,7 +252,8 @@ def focal_loss(
         tensor(0.3466)
     """
     gamma = number("gamma", gamma, 0.0, math.inf)
-    batched = validate(input, target, weight, ignore_index, reduction, label_smoothing)
+    check_options(ignore_index, reduction, label_smoothing)
+    batched = validate(input, target, weight, ignore_index)
     batch = prepare(
         *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
     )
@@ -302,7 +306,8 @@ def confidence_penalty_loss(
         tensor(0.3466)
     """
     strength = number("strength", strength, 0.0, math.inf)
-    batched = validate(input, target, weight, ignore_index, reduction, label_smoothing)
+    check_options(ignore_index, reduction, label_smoothing)
+    batched = validate(input, target, weight, ignore_index)
     batch = prepare(
         *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
     )
@@ -331,7 +336,7 @@ def penalized(
     """:func:`penex_loss` with any rule for the penalty; :class:`penex.PENEX` calls it too."""
     log_threshold = _log_threshold(huberization)
     shape = input, reduction
-    input, target = validate(input, target, weight, ignore_index, reduction, label_smoothing)
+    input, target = validate(input, target, weight, ignore_index)
 
     def definition(logits: Tensor, log_penalty: float | Tensor | None = None) -> Tensor:
         batch = prepare(
@@ -350,13 +355,25 @@ def penalized(
     if dense or not _eager.applies(input):
         return _as_asked(definition(input), *shape)
     labels = labels_of(target, input, ignore_index)
-    common = (input, labels, alpha, weight, ignore_index)
     value = None
     try:
         if reduction != "none" and log_threshold is None and _eager.plain(input, penalty):
-            value = _eager.plain_loss(*common, reduction == "mean", penalty, definition)
+            call = _eager.PlainCall(
+                labels, alpha, weight, ignore_index, reduction == "mean", penalty, definition
+            )
+            value = _eager.plain_loss(input, call)
         if value is None:
-            value = _eager.robust_loss(*common, log_threshold, reduction, penalty, definition)
+            value = _eager.robust_loss(
+                input,
+                labels,
+                alpha,
+                weight,
+                ignore_index,
+                log_threshold,
+                reduction,
+                penalty,
+                definition,
+            )
     except (IndexError, RuntimeError) as error:
         raise refused_labels(target, input, ignore_index, error) from error
     return _as_asked(value, *shape)
@@ -421,6 +438,8 @@ def _as_asked(value: Tensor, input: Tensor, reduction: str) -> Tensor:
     """`value` in the shape and dtype that cross_entropy would give for `input`."""
     if reduction == "none" and input.ndim == 1:
         value = value.squeeze(0)
+    if value.dtype == input.dtype:
+        return value
     # Under autocast cross_entropy runs in, and returns, float32: a float16 loss would overflow
     # as soon as a gradient scaler multiplies it.
     device = input.device.type

@@ -177,7 +177,7 @@ class _Held:
     """The penalty of a criterion for one batch; in training the batch is absorbed first."""
 
     def __init__(self, criterion: PENEX) -> None:
-        self.criterion = criterion
+        self.current, self.ema = criterion.penalty, criterion.ema
         self.mode = criterion.penalty_mode
         self.learning = self.mode != "fixed" and criterion.training and torch.is_grad_enabled()
         self.group = criterion.process_group if self.learning else None
@@ -185,35 +185,32 @@ class _Held:
         self.bounds = criterion.sensitivity, criterion.penalty_min, criterion.penalty_max
 
     def log(self, sums: Callable[[], PenaltySums]) -> Tensor:
-        held = self.criterion.penalty
         if self.mode == "fixed":
-            return held.log()
+            return self.current.log()
         found = sums() if self.group is None else sums().over_ranks(self.group)
         if self.learning:
-            new = found.penalty(*self.bounds).to(held.dtype)
+            new = found.penalty(*self.bounds).to(self.current.dtype)
             if self.mode == "running":
-                new = held.lerp(new, self.criterion.ema).where(~held.isnan(), new)
-            held.copy_(new.where(found.finite, held))
+                new = self.current.lerp(new, self.ema).where(~self.current.isnan(), new)
+            self.current.copy_(new.where(found.finite, self.current))
         estimate = found.log_penalty(*self.bounds)
         if self.mode == "auto":
             return estimate
-        return held.log().to(estimate.dtype).where(~held.isnan(), estimate)
+        return self.current.log().to(estimate.dtype).where(~self.current.isnan(), estimate)
 
-    def value(self, log_exponential: float, log_partition: float) -> float:
-        held = self.criterion.penalty
-        before = held.item()
+    def value(self, exponential: float, partition: float) -> float:
         if self.mode == "fixed":
-            return before
-        found = estimate(log_exponential, log_partition, *self.bounds)
+            return self.current.item()
+        value = estimate(exponential, partition, *self.bounds)
+        if self.mode == "running":
+            before = self.current.item()
+            if not self.learning:
+                return value if math.isnan(before) else before
+            if not math.isnan(before):
+                value = before + self.ema * (value - before)
         if self.learning:
-            new = found
-            if self.mode == "running" and not math.isnan(before):
-                new = before + self.criterion.ema * (found - before)
-            held.fill_(new)
-        if self.mode == "auto":
-            return found
-        after = held.item()
-        return found if math.isnan(after) else after
+            self.current.fill_(value)
+        return value
 
 
 class FocalLoss(_Loss):
