@@ -61,7 +61,7 @@ class PENEX(_Loss):
     State: the buffer ``penalty``, 0-d, float32 whatever the module is cast to, NaN until a batch
     has been seen. It is always there, so a fresh criterion loads a trained one's state strictly and
     the other way round. It changes in training mode with gradients enabled, and then only; a batch
-    whose estimate means nothing (no kept row, a NaN or infinite logit) leaves it as it is. In
+    whose estimate means nothing (no kept row, a NaN or infinite sum) leaves it as it is. In
     evaluation ``"running"`` uses it, or the batch's own estimate before any was seen.
 
     Args:
