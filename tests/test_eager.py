@@ -1,4 +1,4 @@
-"""The eager paths are the definition, whatever the shape, the weights and the size of the logits."""
+"""The eager paths are the definition, whatever the shapes, the weights and the logits."""
 
 import copy
 import math
