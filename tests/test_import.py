@@ -110,3 +110,11 @@ def test_docstring_examples(name: str) -> None:
     failed, attempted = doctest.testmod(importlib.import_module(name))
     assert attempted > 0
     assert failed == 0
+
+
+def test_a_missing_extra_is_named() -> None:
+    from penex._extras import need
+
+    need("penex", "compare", "torch")
+    with pytest.raises(ImportError, match=r"Thing needs the extra 'onnx' \(no_such is missing\): "):
+        need("Thing", "onnx", "torch", "no_such")

@@ -10,14 +10,15 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from penex._extras import need
+
 try:
-    import typer
-    from rich.console import Console
+    need("The penex command", "compare", "typer", "rich")
 except ImportError as error:
-    raise SystemExit(
-        f"The penex command needs the extra 'compare' ({error.name} is missing): "
-        "pip install 'penex[compare]'"
-    ) from None
+    raise SystemExit(str(error)) from None
+
+import typer
+from rich.console import Console
 
 if TYPE_CHECKING:
     from penex.compare.config import Config

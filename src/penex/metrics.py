@@ -21,10 +21,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
-from scipy.special import log_softmax, logsumexp, softmax
+from penex._extras import need
+
+need("penex.metrics", "compare", "numpy", "scipy", "sklearn")
+
+import numpy as np  # noqa: E402
+from numpy.typing import ArrayLike, NDArray  # noqa: E402
+from scipy.optimize import brentq  # noqa: E402
+from scipy.special import log_softmax, logsumexp, softmax  # noqa: E402
 
 __all__ = [
     "METRICS",

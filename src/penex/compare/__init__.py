@@ -2,3 +2,25 @@
 
 config → data → model → fit (loss, seed) → logits.npz → metrics → report
 """
+
+from penex._extras import need
+
+need(
+    "penex.compare",
+    "compare",
+    "filelock",
+    "jinja2",
+    "joblib",
+    "lightning",
+    "matplotlib",
+    "numpy",
+    "optuna",
+    "pandas",
+    "pyarrow",
+    "pydantic",
+    "rich",
+    "scipy",
+    "skrub",
+    "sklearn",
+    "yaml",
+)
