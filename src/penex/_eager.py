@@ -36,9 +36,6 @@ SAFE = 1e30
 
 _DENSE = torch._C.DispatchKey.Dense  # what a tensor that stands for a batch of them lacks
 
-Definition = Callable[[Tensor], Tensor]
-"""The loss as a function of the logits, differentiable any number of times."""
-
 
 def applies(input: Tensor) -> bool:
     """Whether this is a plain call in eager mode, which only autograd's backward looks into."""
@@ -52,101 +49,114 @@ def applies(input: Tensor) -> bool:
     )
 
 
-def plain(input: Tensor, penalty: Penalty) -> bool:
-    """Whether :func:`plain_loss` may be tried: sums can be looked at, and are exact enough."""
-    return input.is_cpu and input.dtype in (torch.float32, torch.float64) and penalty.local
-
-
-def weighted_rows(
-    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Labels to gather with, and omega_i, zero for ignored rows; both (N, 1, d1, ...)."""
-    labels = target.unsqueeze(1)
-    keep = labels != ignore_index
-    labels = labels.where(keep, 0)
-    return labels, keep.to(dtype) if weight is None else weight.to(dtype)[labels] * keep
-
-
-# The plain way, on the CPU: e^f as it is.
-
-
 @dataclass(slots=True)
-class PlainCall:
-    """A mean or sum over a batch on the CPU."""
+class Call:
+    """A batch with class indices, and what is asked of it."""
 
     target: Tensor
     """Class indices, int64, (N, d1, ...)."""
     alpha: float
     weight: Tensor | None
     ignore_index: int
-    mean: bool
+    log_threshold: float | None
+    """Where huberization sets in, as a logarithm."""
+    reduction: str
     penalty: Penalty
-    definition: Callable[[Tensor, float], Tensor]
-    """The loss of logits at a given log rho."""
-    safe: bool = True
-    """Whether the value that came out is exact; if not, :func:`robust_loss` is needed."""
+    definition: Callable[[Tensor, float | Tensor], Tensor]
+    """The loss of logits at a given log rho, differentiable any number of times."""
+
+    def rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Labels to gather with, and omega_i, zero for ignored rows; both (N, 1, d1, ...)."""
+        labels = self.target.unsqueeze(1)
+        keep = labels != self.ignore_index
+        labels = labels.where(keep, 0)
+        if self.weight is None:
+            return labels, keep.to(dtype)
+        return labels, self.weight.to(dtype)[labels] * keep
 
 
-def plain_loss(input: Tensor, call: PlainCall) -> Tensor | None:
-    """The loss of `input`, (N, K, d1, ...), float32 or float64; None if that is not safe.
+def loss(input: Tensor, call: Call) -> Tensor:
+    """The loss of `input`, (N, K, d1, ...), in float32 or float64.
 
     Raises:
-        IndexError, RuntimeError: A label is out of range.
+        IndexError, RuntimeError: A label is out of range, on the CPU.
     """
-    value: Tensor = _Plain.apply(input, call)  # type: ignore[no-untyped-call]
-    return value if call.safe else None
+    if (
+        input.is_cpu
+        and input.dtype in (torch.float32, torch.float64)
+        and call.reduction != "none"
+        and call.log_threshold is None
+        and call.penalty.local
+    ):
+        value = plain_loss(input, call)
+        if value is not None:
+            return value
+    return robust_loss(input, call)
+
+
+# The plain way, on the CPU: e^f as it is.
+
+
+def plain_loss(input: Tensor, call: Call) -> Tensor | None:
+    """The mean or sum over a batch on the CPU, or None where that is not safe."""
+    outcome = _Outcome()
+    value: Tensor = _Plain.apply(input, call, outcome)  # type: ignore[no-untyped-call]
+    return value if outcome.safe else None
+
+
+@dataclass(slots=True)
+class _Outcome:
+    safe: bool = False
 
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, call: PlainCall) -> Tensor:
+    def forward(ctx: Any, input: Tensor, call: Call, outcome: _Outcome) -> Tensor:
         labels, mass = call.target.unsqueeze(1), None
         try:  # gather checks the range, which finds ignored rows without another look
             if call.weight is not None or 0 <= call.ignore_index < input.shape[1]:
                 raise IndexError
             true = input.gather(1, labels)
         except (IndexError, RuntimeError):
-            labels, mass = weighted_rows(call.target, call.weight, call.ignore_index, input.dtype)
+            labels, mass = call.rows(input.dtype)
             true = input.gather(1, labels)
         exponential = true.mul_(-call.alpha).exp_()
         if mass is not None:
             exponential.mul_(mass)
         powers = torch.empty_like(input) if ctx.needs_input_grad[0] else None
         sum_a, sum_s = exponential.sum().item(), _sum_powers(input, mass, powers)
-        call.safe = 1 / SAFE < sum_a < SAFE and 1 / SAFE < sum_s < SAFE
-        if not call.safe:
+        outcome.safe = 1 / SAFE < sum_a < SAFE and 1 / SAFE < sum_s < SAFE
+        if not outcome.safe:
             return input.new_empty(())
         rho = call.penalty.value(sum_a, sum_s)
         divisor = 1.0
-        if call.mean:
+        if call.reduction == "mean":
             divisor = float(labels.numel()) if mass is None else mass.sum().item()
         ctx.save_for_backward(input, labels, mass, exponential)
-        ctx.powers, ctx.definition = powers, call.definition
-        ctx.rho, ctx.alpha, ctx.divisor = rho, call.alpha, divisor
+        ctx.powers, ctx.call, ctx.rho, ctx.divisor = powers, call, rho, divisor
         return torch.scalar_tensor((sum_a + rho * sum_s) / divisor, dtype=input.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         input, labels, mass, exponential = ctx.saved_tensors
         if _looked_into(grad):
-            log_penalty = math.log(ctx.rho)
-            return _differentiable(lambda f: ctx.definition(f, log_penalty), input, grad), None
+            return _differentiable(ctx.call, math.log(ctx.rho), input, grad), None, None
         # The kept exponentials become the gradient. A second backward computes them again.
         powers, ctx.powers = ctx.powers, None
         share = grad.item() / ctx.divisor
-        at_label, factor = exponential * (-ctx.alpha * share), ctx.rho * share
+        at_label, factor = exponential * (-ctx.call.alpha * share), ctx.rho * share
         largest = abs(factor) if mass is None else abs(factor) * mass.max().item()
         if not (largest == 0 or 1 / SAFE < largest <= 1):
             # So large a factor would bring up what underflow has taken from the exponentials.
             log_rows = torch.zeros_like(exponential) if mass is None else mass.log()
             log_rows += math.log(abs(factor)) if factor else -math.inf
             sign = torch.full_like(grad, math.copysign(1.0, factor))
-            return _gradient(input, labels, log_rows, sign, at_label), None
+            return _gradient(input, labels, log_rows, sign, at_label), None, None
         if powers is None:
             powers = torch.empty_like(input)
             _sum_powers(input, mass, powers)
         powers.mul_(factor if mass is None else mass * factor)
-        return powers.scatter_add_(1, labels, at_label), None
+        return powers.scatter_add_(1, labels, at_label), None, None
 
 
 def _sum_powers(input: Tensor, mass: Tensor | None, out: Tensor | None) -> float:
@@ -164,39 +174,12 @@ def _sum_powers(input: Tensor, mass: Tensor | None, out: Tensor | None) -> float
 # The robust way, on every device: each row shifted by its maximum.
 
 
-def robust_loss(
-    input: Tensor,
-    target: Tensor,
-    alpha: float,
-    weight: Tensor | None,
-    ignore_index: int,
-    log_threshold: float | None,
-    reduction: str,
-    penalty: Penalty,
-    definition: Callable[[Tensor, float | Tensor], Tensor],
-) -> Tensor:
-    """The loss of any batch with class indices, with any reduction.
-
-    Args:
-        input: (N, K, d1, ...), any floating-point dtype.
-        target: Class indices, int64, (N, d1, ...).
-        alpha: Sensitivity.
-        weight: Class weights, (K).
-        ignore_index: Label of rows that do not count.
-        log_threshold: Where huberization sets in, as a logarithm, or None.
-        reduction: "mean", "sum" or "none".
-        penalty: The rule for rho.
-        definition: The loss of logits at a given log rho.
-
-    Returns:
-        The loss in float32 or float64.
-
-    Raises:
-        IndexError, RuntimeError: A label is out of range, on the CPU.
-    """
+def robust_loss(input: Tensor, call: Call) -> Tensor:
+    """The loss of any batch, on any device, in any dtype, with any reduction."""
+    alpha, log_threshold = call.alpha, call.log_threshold
     with torch.no_grad():
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        labels, mass = weighted_rows(target, weight, ignore_index, dtype)
+        labels, mass = call.rows(dtype)
         live, log_mass = mass > 0, mass.log()
         u = -alpha * input.gather(1, labels).to(dtype)
         log_slope = u if log_threshold is None else u.clamp(max=log_threshold)
@@ -206,25 +189,22 @@ def robust_loss(
         log_exponential = log_exponential.masked_fill(~live, -math.inf)
         log_partition = (_log_partition(input, dtype) + log_mass).masked_fill(~live, -math.inf)
         sums = PenaltySums.of(log_exponential, log_partition, input.shape[1])
-        log_penalty = penalty.log(lambda: sums)
-        if reduction == "none":
+        log_penalty = call.penalty.log(lambda: sums)
+        if call.reduction == "none":
             value = (log_exponential.exp() + (log_partition + log_penalty).exp()).squeeze(1)
             log_divisor = torch.zeros((), dtype=dtype, device=input.device)
         else:
-            divisor = mass.sum() if reduction == "mean" else torch.ones_like(sums.partition)
+            divisor = mass.sum() if call.reduction == "mean" else torch.ones_like(sums.partition)
             log_divisor = divisor.where(divisor != 0, 1).log()
             value = (sums.exponential - log_divisor).exp()
             value = value + (sums.partition + (log_penalty - log_divisor)).exp()
         log_rows = log_mass + (log_penalty - log_divisor)
         log_slope = (log_slope + log_mass - log_divisor).masked_fill(~live, -math.inf)
-    return _Robust.apply(  # type: ignore[no-any-return, no-untyped-call]
-        input,
-        value,
-        labels,
-        log_rows,
-        -alpha * log_slope.exp(),
-        lambda logits: definition(logits, log_penalty),
+    slope = -alpha * log_slope.exp()
+    result: Tensor = _Robust.apply(  # type: ignore[no-untyped-call]
+        input, value, labels, log_rows, slope, call, log_penalty
     )
+    return result
 
 
 class _Robust(torch.autograd.Function):
@@ -236,20 +216,21 @@ class _Robust(torch.autograd.Function):
         labels: Tensor,
         log_rows: Tensor,
         slope: Tensor,
-        definition: Definition,
+        call: Call,
+        log_penalty: float | Tensor,
     ) -> Tensor:
         ctx.save_for_backward(input, labels, log_rows, slope)
-        ctx.definition = definition
+        ctx.call, ctx.log_penalty = call, log_penalty
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, labels, log_rows, slope = ctx.saved_tensors
         if _looked_into(grad):
-            return _differentiable(ctx.definition, input, grad), *[None] * 5
+            return _differentiable(ctx.call, ctx.log_penalty, input, grad), *[None] * 6
         if grad.ndim:
             grad = grad.unsqueeze(1)
-        return _gradient(input, labels, log_rows, grad, slope * grad), *[None] * 5
+        return _gradient(input, labels, log_rows, grad, slope * grad), *[None] * 6
 
 
 def _log_partition(input: Tensor, dtype: torch.dtype) -> Tensor:
@@ -297,8 +278,9 @@ def _looked_into(grad: Tensor) -> bool:
     return torch.is_grad_enabled() or not torch._C._dispatch_keys(grad).has(_DENSE)
 
 
-def _differentiable(definition: Definition, input: Tensor, grad: Tensor) -> Tensor:
+def _differentiable(call: Call, log_penalty: float | Tensor, input: Tensor, grad: Tensor) -> Tensor:
     """The gradient with a graph of its own, by differentiating the definition."""
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(definition(input), input, grad, create_graph=True)
+        value = call.definition(input, log_penalty)
+        (gradient,) = torch.autograd.grad(value, input, grad, create_graph=True)
     return gradient

@@ -39,7 +39,8 @@ class Batch(NamedTuple):
         try:
             return values.gather(1, self.labels)
         except RuntimeError as error:  # the range check that gather makes anyway on the CPU
-            raise refused_labels(self.source, values, self.ignore_index, error) from error
+            refuse_labels(self.source, values, self.ignore_index, error)
+            raise
 
 
 def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
@@ -170,7 +171,8 @@ def _from_labels(
         try:
             mass = weight[labels] * keep
         except (IndexError, RuntimeError) as error:
-            raise refused_labels(target, logits, ignore_index, error) from error
+            refuse_labels(target, logits, ignore_index, error)
+            raise
     denominator = mass.sum()
     denominator = denominator.where(denominator != 0, 1)
     batch = Batch(logits, labels, mass, mass.squeeze(1), denominator, target, ignore_index)
@@ -222,21 +224,21 @@ def _weighted(probabilities: Tensor, weight: Tensor | None) -> Tensor:
     return probabilities * weight.view(-1, *[1] * (probabilities.ndim - 2))
 
 
-def refused_labels(
-    target: Tensor, logits: Tensor, ignore_index: int, error: Exception
-) -> Exception:
-    """What to raise when indexing `logits` by `target` raised `error`."""
+def refuse_labels(target: Tensor, logits: Tensor, ignore_index: int, error: Exception) -> None:
+    """Raise what is wrong with the target, if that is why indexing by it raised `error`."""
+    if not target.is_cpu:
+        return  # the device has its own word on that
     if target.ndim == logits.ndim:
-        return ValueError(
+        raise ValueError(
             "target: integer targets of the input's shape are one-hot labels; expected a single 1 "
             "and zeros elsewhere in every row, got a row that is not; for anything softer give "
             "floating-point class probabilities"
-        )
+        ) from error
     classes = logits.shape[1]
     message = f"target: expected class indices in [0, {classes}) or {ignore_index} (ignore_index)"
     with contextlib.suppress(RuntimeError):  # under vmap there is no single value to quote
         bad = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
         if len(bad) == 0:
-            return error  # something else went wrong
+            return  # something else is wrong
         message += f", got {int(bad[0])}"
-    return IndexError(message)
+    raise IndexError(message) from error

@@ -23,7 +23,7 @@ from penex._inputs import (
     number,
     positive,
     prepare,
-    refused_labels,
+    refuse_labels,
     validate,
 )
 from penex._penalty import (
@@ -354,28 +354,21 @@ def penalized(
     dense = target.is_floating_point() or label_smoothing > 0
     if dense or not _eager.applies(input):
         return _as_asked(definition(input), *shape)
-    labels = labels_of(target, input, ignore_index)
-    value = None
+    call = _eager.Call(
+        labels_of(target, input, ignore_index),
+        alpha,
+        weight,
+        ignore_index,
+        log_threshold,
+        reduction,
+        penalty,
+        definition,
+    )
     try:
-        if reduction != "none" and log_threshold is None and _eager.plain(input, penalty):
-            call = _eager.PlainCall(
-                labels, alpha, weight, ignore_index, reduction == "mean", penalty, definition
-            )
-            value = _eager.plain_loss(input, call)
-        if value is None:
-            value = _eager.robust_loss(
-                input,
-                labels,
-                alpha,
-                weight,
-                ignore_index,
-                log_threshold,
-                reduction,
-                penalty,
-                definition,
-            )
+        value = _eager.loss(input, call)
     except (IndexError, RuntimeError) as error:
-        raise refused_labels(target, input, ignore_index, error) from error
+        refuse_labels(target, input, ignore_index, error)
+        raise
     return _as_asked(value, *shape)
 
 
