@@ -19,7 +19,7 @@ SHAPES = [(1, 2), (5, 3), (7, 130), (2, 3, 5), (2, 4, 3, 5)]
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the eager paths calls take."""
     if request.param == "robust":
-        monkeypatch.setattr(_eager, "plain_loss", lambda input, call: None)
+        monkeypatch.setattr(_eager, "_safe", lambda *values: False)
     if request.param == "pieces":
         monkeypatch.setattr(_eager, "PIECE", 6)
     return request.param
@@ -55,6 +55,35 @@ def test_equals_the_definition(monkeypatch, path, shape, penalty, extra, reducti
     assert type(loss.grad_fn).__name__ in ("_PlainBackward", "_RobustBackward")
     torch.testing.assert_close(loss.detach(), value)
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), logits)[0], gradient)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("penalty", [None, 0.3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("extra", ["nothing", "weight"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("soft", [True, False])
+def test_dense_equals_the_definition(
+    monkeypatch, path, shape, penalty, smoothing, extra, reduction, soft
+) -> None:
+    logits, target = batch(shape)
+    options = {"penalty": penalty, "reduction": reduction, "label_smoothing": smoothing}
+    if extra == "weight":
+        options["weight"] = torch.linspace(0.0, 2, shape[1], dtype=torch.float64)
+    if soft:
+        target = torch.rand(shape, dtype=torch.float64).softmax(1)
+        target[0, 0] = 0
+    else:
+        target.view(-1)[0] = -100
+    value, gradient = by_definition(monkeypatch, logits, target, **options)
+    loss = penex.penex_loss(logits, target, **options)
+    if path != "robust" and (soft or smoothing):
+        empty = not soft and target.numel() == 1
+        assert (type(loss.grad_fn).__name__ == "_DenseBackward") is not empty
+    torch.testing.assert_close(loss.detach(), value)
+    for factor in (1.0, -0.5, 1e7):
+        (found,) = torch.autograd.grad(loss, logits, factor * loss.new_ones(()), retain_graph=True)
+        torch.testing.assert_close(found, factor * gradient)
 
 
 def test_the_plain_path_is_taken_by_default_and_only_where_it_is_safe() -> None:
@@ -131,7 +160,7 @@ def test_the_penalty_follows_one_rule_on_both_paths(monkeypatch, mode, training)
         logits, target = batch((5 + seed, 3), torch.float32)
         value = plain(logits, target)
         with monkeypatch.context() as patch:
-            patch.setattr(_eager, "plain_loss", lambda input, call: None)
+            patch.setattr(_eager, "_safe", lambda *values: False)
             torch.testing.assert_close(robust(logits, target), value)
         torch.testing.assert_close(plain.penalty, robust.penalty, equal_nan=True)
 

@@ -1,4 +1,4 @@
-r"""PENEX of class indices in eager mode: value and gradient in few passes over the logits.
+r"""PENEX in eager mode: value and gradient in few passes over the logits.
 
 :func:`penex.functional.penex_rows` is the definition, and what compilers, function transforms and
 higher derivatives get; the tests hold this module to it. Here every operation on all N x K numbers
@@ -10,9 +10,10 @@ the gradient needs. The gradient is separable over classes,
 
 so the exponentials of the value are, up to a factor for each row, the gradient.
 
-:func:`plain_loss` makes use of that on the CPU: it sums :math:`e^f` as it is and keeps it. What
-could overflow or lose digits that way it leaves to :func:`robust_loss`, which shifts each row by
-its maximum, computes the exponentials of the gradient anew, and never synchronises.
+:func:`plain_loss` makes use of that on the CPU: it sums :math:`e^f` as it is and keeps it, and
+:func:`dense_loss` does the same for soft targets. What could overflow or lose digits that way is
+left to :func:`robust_loss`, which shifts each row by its maximum, computes the exponentials of the
+gradient anew, and never synchronises; or, for soft targets, to the definition.
 """
 
 import math
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from penex._inputs import smooth, weighted
 from penex._penalty import Penalty, PenaltySums
 
 LOG2E = 1 / math.log(2)
@@ -51,13 +53,14 @@ def applies(input: Tensor) -> bool:
 
 @dataclass(slots=True)
 class Call:
-    """A batch with class indices, and what is asked of it."""
+    """A batch, and what is asked of it."""
 
     target: Tensor
-    """Class indices, int64, (N, d1, ...)."""
+    """Class indices, int64, (N, d1, ...), or class probabilities, (N, K, d1, ...)."""
     alpha: float
     weight: Tensor | None
     ignore_index: int
+    label_smoothing: float
     log_threshold: float | None
     """Where huberization sets in, as a logarithm."""
     reduction: str
@@ -74,39 +77,56 @@ class Call:
             return labels, keep.to(dtype)
         return labels, self.weight.to(dtype)[labels] * keep
 
+    def mass(self, logits: Tensor, piece: slice) -> Tensor:
+        """w_k q_ik of `logits`, which are the rows `piece` of the batch."""
+        target = self.target[piece]
+        weight = None if self.weight is None else self.weight.to(logits.dtype)
+        if target.is_floating_point():
+            return weighted(smooth(target.to(logits.dtype), self.label_smoothing), weight)
+        labels = target.unsqueeze(1)
+        keep = labels != self.ignore_index
+        one_hot = torch.zeros_like(logits).scatter_(1, labels.where(keep, 0), 1.0)
+        return weighted(smooth(one_hot, self.label_smoothing), weight).mul_(keep)
 
-def loss(input: Tensor, call: Call) -> Tensor:
-    """The loss of `input`, (N, K, d1, ...), in float32 or float64.
+
+def loss(input: Tensor, call: Call) -> Tensor | None:
+    """The loss of `input`, (N, K, d1, ...), in float32 or float64; None: only by the definition.
 
     Raises:
         IndexError, RuntimeError: A label is out of range, on the CPU.
     """
-    if (
+    plain = (
         input.is_cpu
         and input.dtype in (torch.float32, torch.float64)
         and call.reduction != "none"
         and call.log_threshold is None
         and call.penalty.local
-    ):
-        value = plain_loss(input, call)
-        if value is not None:
-            return value
-    return robust_loss(input, call)
+    )
+    if call.target.is_floating_point() or call.label_smoothing > 0:
+        usable = plain and not call.target.requires_grad
+        return _unless_unsafe(_Dense, input, call) if usable else None
+    value = _unless_unsafe(_Plain, input, call) if plain else None
+    return robust_loss(input, call) if value is None else value
 
 
 # The plain way, on the CPU: e^f as it is.
 
 
-def plain_loss(input: Tensor, call: Call) -> Tensor | None:
-    """The mean or sum over a batch on the CPU, or None where that is not safe."""
-    outcome = _Outcome()
-    value: Tensor = _Plain.apply(input, call, outcome)  # type: ignore[no-untyped-call]
-    return value if outcome.safe else None
-
-
 @dataclass(slots=True)
 class _Outcome:
     safe: bool = False
+
+
+def _unless_unsafe(
+    function: type[torch.autograd.Function], input: Tensor, call: Call
+) -> Tensor | None:
+    outcome = _Outcome()
+    value: Tensor = function.apply(input, call, outcome)  # type: ignore[no-untyped-call]
+    return value if outcome.safe else None
+
+
+def _safe(*values: float) -> bool:
+    return all(1 / SAFE < value < SAFE for value in values)
 
 
 class _Plain(torch.autograd.Function):
@@ -125,7 +145,7 @@ class _Plain(torch.autograd.Function):
             exponential.mul_(mass)
         powers = torch.empty_like(input) if ctx.needs_input_grad[0] else None
         sum_a, sum_s = exponential.sum().item(), _sum_powers(input, mass, powers)
-        outcome.safe = 1 / SAFE < sum_a < SAFE and 1 / SAFE < sum_s < SAFE
+        outcome.safe = _safe(sum_a, sum_s)
         if not outcome.safe:
             return input.new_empty(())
         rho = call.penalty.value(sum_a, sum_s)
@@ -169,6 +189,55 @@ def _sum_powers(input: Tensor, mass: Tensor | None, out: Tensor | None) -> float
         part, place = (None if rows is None else rows[piece] for rows in (mass, out))
         total += _sum_powers(input[piece], part, place)
     return total
+
+
+class _Dense(torch.autograd.Function):
+    """Soft targets: class probabilities, or class indices with label smoothing."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, call: Call, outcome: _Outcome) -> Tensor:
+        powers = torch.empty_like(input)
+        total = input.new_empty(input.shape[0], 1, *input.shape[2:])
+        sum_a = 0.0
+        for piece in pieces(input):
+            mass = call.mass(input[piece], piece)
+            torch.sum(mass, 1, keepdim=True, out=total[piece])
+            sum_a += _exponentials(input[piece], call.alpha).mul_(mass).sum().item()
+        sum_s = _sum_powers(input, total, powers)
+        outcome.safe = _safe(sum_a, sum_s)
+        if not outcome.safe:
+            return input.new_empty(())
+        rho = call.penalty.value(sum_a, sum_s)
+        divisor = 1.0
+        if call.reduction == "mean":
+            rows = None if call.target.is_floating_point() else call.rows(input.dtype)[1]
+            divisor = float(total.numel()) if rows is None else rows.sum().item()
+        ctx.save_for_backward(input, total, call.target)
+        ctx.powers = powers if ctx.needs_input_grad[0] else None
+        ctx.call, ctx.rho, ctx.divisor = call, rho, divisor
+        return torch.scalar_tensor((sum_a + rho * sum_s) / divisor, dtype=input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        input, total, _ = ctx.saved_tensors
+        if _looked_into(grad) or not 1 / SAFE < abs(grad.item()) * ctx.rho / ctx.divisor <= 1:
+            return _differentiable(ctx.call, math.log(ctx.rho), input, grad), None, None
+        powers, ctx.powers = ctx.powers, None
+        if powers is None:
+            powers = torch.empty_like(input)
+            _sum_powers(input, total, powers)
+        share = grad.item() / ctx.divisor
+        powers.mul_(total * (ctx.rho * share))
+        for piece in pieces(input):
+            part = _exponentials(input[piece], ctx.call.alpha)
+            part.mul_(ctx.call.mass(input[piece], piece))
+            powers[piece].sub_(part, alpha=ctx.call.alpha * share)
+        return powers, None, None
+
+
+def _exponentials(logits: Tensor, alpha: float) -> Tensor:
+    """e^{-alpha f}."""
+    return torch.mul(logits, -alpha * LOG2E).exp2_()
 
 
 # The robust way, on every device: each row shifted by its maximum.
@@ -279,8 +348,10 @@ def _looked_into(grad: Tensor) -> bool:
 
 
 def _differentiable(call: Call, log_penalty: float | Tensor, input: Tensor, grad: Tensor) -> Tensor:
-    """The gradient with a graph of its own, by differentiating the definition."""
+    """The gradient by differentiating the definition; with a graph of its own if that is wanted."""
+    wanted = torch.is_grad_enabled()
     with torch.enable_grad():
-        value = call.definition(input, log_penalty)
-        (gradient,) = torch.autograd.grad(value, input, grad, create_graph=True)
+        logits = input if wanted else input.detach().requires_grad_()
+        value = call.definition(logits, log_penalty)
+        (gradient,) = torch.autograd.grad(value, logits, grad, create_graph=wanted)
     return gradient

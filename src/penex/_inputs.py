@@ -180,7 +180,7 @@ def _from_labels(
         return batch
     batch.select(logits)  # the labels' range check, on the tensor whose size the message quotes
     one_hot = torch.zeros_like(logits).scatter(1, labels, 1.0)
-    dense = _weighted(_smooth(one_hot, label_smoothing), weight) * keep
+    dense = weighted(smooth(one_hot, label_smoothing), weight) * keep
     return batch._replace(labels=None, mass=dense, total=dense.sum(1))
 
 
@@ -191,7 +191,7 @@ def _from_probabilities(
     ignore_index: int,
     label_smoothing: float,
 ) -> Batch:
-    mass = _weighted(_smooth(target.to(logits.dtype), label_smoothing), weight)
+    mass = weighted(smooth(target.to(logits.dtype), label_smoothing), weight)
     rows = logits.numel() // max(logits.shape[1], 1)
     denominator = torch.full((), max(rows, 1), dtype=logits.dtype, device=logits.device)
     return Batch(logits, None, mass, mass.sum(1), denominator, target, ignore_index)
@@ -212,13 +212,15 @@ def labels_of(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
     return target.argmax(1).where(valid, invalid)
 
 
-def _smooth(probabilities: Tensor, label_smoothing: float) -> Tensor:
+def smooth(probabilities: Tensor, label_smoothing: float) -> Tensor:
+    """q with its share of the uniform distribution."""
     if label_smoothing == 0:
         return probabilities
     return (1 - label_smoothing) * probabilities + label_smoothing / probabilities.shape[1]
 
 
-def _weighted(probabilities: Tensor, weight: Tensor | None) -> Tensor:
+def weighted(probabilities: Tensor, weight: Tensor | None) -> Tensor:
+    """w_k q_ik, class dimension 1."""
     if weight is None:
         return probabilities
     return probabilities * weight.view(-1, *[1] * (probabilities.ndim - 2))

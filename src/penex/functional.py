@@ -351,14 +351,14 @@ def penalized(
         rows = penex_rows(batch, alpha, log_penalty, log_threshold, reduction)
         return rows if reduction == "none" else rows.sum()
 
-    dense = target.is_floating_point() or label_smoothing > 0
-    if dense or not _eager.applies(input):
+    if not _eager.applies(input):
         return _as_asked(definition(input), *shape)
     call = _eager.Call(
-        labels_of(target, input, ignore_index),
+        target if target.is_floating_point() else labels_of(target, input, ignore_index),
         alpha,
         weight,
         ignore_index,
+        label_smoothing,
         log_threshold,
         reduction,
         penalty,
@@ -369,7 +369,7 @@ def penalized(
     except (IndexError, RuntimeError) as error:
         refuse_labels(target, input, ignore_index, error)
         raise
-    return _as_asked(value, *shape)
+    return _as_asked(definition(input) if value is None else value, *shape)
 
 
 def penalty_sums(batch: Batch, alpha: float, log_threshold: float | None) -> PenaltySums:
