@@ -181,7 +181,7 @@ def _from_labels(
     batch.select(logits)  # the labels' range check, on the tensor whose size the message quotes
     one_hot = torch.zeros_like(logits).scatter(1, labels, 1.0)
     dense = weighted(smooth(one_hot, label_smoothing), weight) * keep
-    return batch._replace(labels=None, mass=dense, total=dense.sum(1))
+    return Batch(logits, None, dense, dense.sum(1), denominator, target, ignore_index)
 
 
 def _from_probabilities(

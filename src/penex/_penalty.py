@@ -36,12 +36,10 @@ class PenaltySums(NamedTuple):
             exponential.flatten().logsumexp(0), partition.flatten().logsumexp(0), num_classes
         )
 
-    @property
     def empty(self) -> Tensor:
         """Whether there was nothing to sum."""
         return self.partition == -math.inf
 
-    @property
     def finite(self) -> Tensor:
         """Whether the estimate means something: rows were kept, and no sum is NaN or infinite."""
         return self.exponential.isfinite() & self.partition.isfinite()
@@ -49,7 +47,7 @@ class PenaltySums(NamedTuple):
     def log_penalty(self, alpha: float, penalty_min: float, penalty_max: float) -> Tensor:
         """Log of the clamped estimate; of alpha / K, its value at f = 0, if there was no row."""
         estimate = math.log(alpha) + self.exponential - self.partition
-        estimate = estimate.where(~self.empty, math.log(alpha / self.num_classes))
+        estimate = estimate.where(~self.empty(), math.log(alpha / self.num_classes))
         return estimate.clamp(math.log(penalty_min), math.log(penalty_max))
 
     def penalty(self, alpha: float, penalty_min: float, penalty_max: float) -> Tensor:

@@ -8,6 +8,7 @@ Source: Kladny, Schölkopf, Muehlebach, "PENEX: AdaBoost-Inspired Neural Network
 arXiv 2510.02107. What the docstrings mark "(derived)" is not in the paper.
 """
 
+import functools
 import math
 
 import torch
@@ -176,7 +177,7 @@ def estimate_penalty(
         *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
     )
     sums = penalty_sums(batch, alpha, _log_threshold(huberization))
-    return sums.penalty(alpha, penalty_min, penalty_max).where(~sums.empty, math.nan)
+    return sums.penalty(alpha, penalty_min, penalty_max).where(~sums.empty(), math.nan)
 
 
 def margin(input: Tensor, target: Tensor) -> Tensor:
@@ -338,19 +339,17 @@ def penalized(
     shape = input, reduction
     input, target = validate(input, target, weight, ignore_index)
 
-    def definition(logits: Tensor, log_penalty: float | Tensor | None = None) -> Tensor:
-        batch = prepare(
-            logits,
-            target,
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-        )
-        if log_penalty is None:
-            log_penalty = penalty.log(lambda: penalty_sums(batch, alpha, log_threshold))
-        rows = penex_rows(batch, alpha, log_penalty, log_threshold, reduction)
-        return rows if reduction == "none" else rows.sum()
-
+    definition = functools.partial(
+        _defined,
+        target=target,
+        alpha=alpha,
+        penalty=penalty,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        log_threshold=log_threshold,
+    )
     if not _eager.applies(input):
         return _as_asked(definition(input), *shape)
     call = _eager.Call(
@@ -370,6 +369,29 @@ def penalized(
         refuse_labels(target, input, ignore_index, error)
         raise
     return _as_asked(definition(input) if value is None else value, *shape)
+
+
+def _defined(
+    logits: Tensor,
+    log_penalty: float | Tensor | None = None,
+    *,
+    target: Tensor,
+    alpha: float,
+    penalty: Penalty,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    log_threshold: float | None,
+) -> Tensor:
+    """The loss of `logits` by the definition, at a given log rho or that of the rule."""
+    batch = prepare(
+        logits, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
+    if log_penalty is None:
+        log_penalty = penalty.log(lambda: penalty_sums(batch, alpha, log_threshold))
+    rows = penex_rows(batch, alpha, log_penalty, log_threshold, reduction)
+    return rows if reduction == "none" else rows.sum()
 
 
 def penalty_sums(batch: Batch, alpha: float, log_threshold: float | None) -> PenaltySums:

@@ -192,7 +192,7 @@ class _Held:
             new = found.penalty(*self.bounds).to(self.current.dtype)
             if self.mode == "running":
                 new = self.current.lerp(new, self.ema).where(~self.current.isnan(), new)
-            self.current.copy_(new.where(found.finite, self.current))
+            self.current.copy_(new.where(found.finite(), self.current))
         estimate = found.log_penalty(*self.bounds)
         if self.mode == "auto":
             return estimate
