@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from penex._inputs import smooth, weighted
-from penex._penalty import Penalty, PenaltySums
+from penex._penalty import Penalty, PenaltySums, Settled
 
 LOG2E = 1 / math.log(2)
 """e^x is taken as 2^(x LOG2E): torch's exp2 is several times faster than its exp on the CPU."""
@@ -65,8 +65,8 @@ class Call:
     """Where huberization sets in, as a logarithm."""
     reduction: str
     penalty: Penalty
-    definition: Callable[[Tensor, float | Tensor], Tensor]
-    """The loss of logits at a given log rho, differentiable any number of times."""
+    definition: Callable[[Tensor, Settled], Tensor]
+    """The loss of logits with what was settled, differentiable any number of times."""
 
     def rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Labels to gather with, and omega_i, zero for ignored rows; both (N, 1, d1, ...)."""
@@ -160,7 +160,7 @@ class _Plain(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         input, labels, mass, exponential = ctx.saved_tensors
         if _looked_into(grad):
-            return _differentiable(ctx.call, math.log(ctx.rho), input, grad), None, None
+            return _differentiable(ctx.call, _settled(ctx, input), input, grad), None, None
         # The kept exponentials become the gradient. A second backward computes them again.
         powers, ctx.powers = ctx.powers, None
         share = grad.item() / ctx.divisor
@@ -221,7 +221,7 @@ class _Dense(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         input, total, _ = ctx.saved_tensors
         if _looked_into(grad) or not 1 / SAFE < abs(grad.item()) * ctx.rho / ctx.divisor <= 1:
-            return _differentiable(ctx.call, math.log(ctx.rho), input, grad), None, None
+            return _differentiable(ctx.call, _settled(ctx, input), input, grad), None, None
         powers, ctx.powers = ctx.powers, None
         if powers is None:
             powers = torch.empty_like(input)
@@ -233,6 +233,10 @@ class _Dense(torch.autograd.Function):
             part.mul_(ctx.call.mass(input[piece], piece))
             powers[piece].sub_(part, alpha=ctx.call.alpha * share)
         return powers, None, None
+
+
+def _settled(ctx: Any, input: Tensor) -> Settled:
+    return Settled(math.log(ctx.rho), input.new_tensor(ctx.divisor))
 
 
 def _exponentials(logits: Tensor, alpha: float) -> Tensor:
@@ -258,20 +262,21 @@ def robust_loss(input: Tensor, call: Call) -> Tensor:
         log_exponential = log_exponential.masked_fill(~live, -math.inf)
         log_partition = (_log_partition(input, dtype) + log_mass).masked_fill(~live, -math.inf)
         sums = PenaltySums.of(log_exponential, log_partition, input.shape[1])
-        log_penalty = call.penalty.log(lambda: sums)
+        settled = call.penalty.settle(lambda: sums, mass.sum())
+        log_penalty = settled.log_penalty
         if call.reduction == "none":
             value = (log_exponential.exp() + (log_partition + log_penalty).exp()).squeeze(1)
             log_divisor = torch.zeros((), dtype=dtype, device=input.device)
         else:
-            divisor = mass.sum() if call.reduction == "mean" else torch.ones_like(sums.partition)
-            log_divisor = divisor.where(divisor != 0, 1).log()
+            mean = call.reduction == "mean"
+            log_divisor = settled.divisor().log() if mean else torch.zeros_like(sums.partition)
             value = (sums.exponential - log_divisor).exp()
             value = value + (sums.partition + (log_penalty - log_divisor)).exp()
         log_rows = log_mass + (log_penalty - log_divisor)
         log_slope = (log_slope + log_mass - log_divisor).masked_fill(~live, -math.inf)
     slope = -alpha * log_slope.exp()
     result: Tensor = _Robust.apply(  # type: ignore[no-untyped-call]
-        input, value, labels, log_rows, slope, call, log_penalty
+        input, value, labels, log_rows, slope, call, settled
     )
     return result
 
@@ -286,17 +291,17 @@ class _Robust(torch.autograd.Function):
         log_rows: Tensor,
         slope: Tensor,
         call: Call,
-        log_penalty: float | Tensor,
+        settled: Settled,
     ) -> Tensor:
         ctx.save_for_backward(input, labels, log_rows, slope)
-        ctx.call, ctx.log_penalty = call, log_penalty
+        ctx.call, ctx.settled = call, settled
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, labels, log_rows, slope = ctx.saved_tensors
         if _looked_into(grad):
-            return _differentiable(ctx.call, ctx.log_penalty, input, grad), *[None] * 6
+            return _differentiable(ctx.call, ctx.settled, input, grad), *[None] * 6
         if grad.ndim:
             grad = grad.unsqueeze(1)
         return _gradient(input, labels, log_rows, grad, slope * grad), *[None] * 6
@@ -347,11 +352,11 @@ def _looked_into(grad: Tensor) -> bool:
     return torch.is_grad_enabled() or not torch._C._dispatch_keys(grad).has(_DENSE)
 
 
-def _differentiable(call: Call, log_penalty: float | Tensor, input: Tensor, grad: Tensor) -> Tensor:
+def _differentiable(call: Call, settled: Settled, input: Tensor, grad: Tensor) -> Tensor:
     """The gradient by differentiating the definition; with a graph of its own if that is wanted."""
     wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         logits = input if wanted else input.detach().requires_grad_()
-        value = call.definition(logits, log_penalty)
+        value = call.definition(logits, settled)
         (gradient,) = torch.autograd.grad(value, logits, grad, create_graph=wanted)
     return gradient

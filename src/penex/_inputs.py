@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     total: Tensor
     """omega_i = sum_k w_k q_ik, (N, d1, ...); zero for ignored rows."""
     denominator: Tensor
-    """What ``mean`` divides by, 0-d; one where there is nothing to learn from, so the mean is 0."""
+    """What ``mean`` divides by, 0-d; zero where there is nothing to learn from."""
     source: Tensor
     """The target as it came, for messages."""
     ignore_index: int
@@ -174,7 +174,6 @@ def _from_labels(
             refuse_labels(target, logits, ignore_index, error)
             raise
     denominator = mass.sum()
-    denominator = denominator.where(denominator != 0, 1)
     batch = Batch(logits, labels, mass, mass.squeeze(1), denominator, target, ignore_index)
     if label_smoothing == 0:
         return batch
@@ -193,7 +192,7 @@ def _from_probabilities(
 ) -> Batch:
     mass = weighted(smooth(target.to(logits.dtype), label_smoothing), weight)
     rows = logits.numel() // max(logits.shape[1], 1)
-    denominator = torch.full((), max(rows, 1), dtype=logits.dtype, device=logits.device)
+    denominator = torch.full((), rows, dtype=logits.dtype, device=logits.device)
     return Batch(logits, None, mass, mass.sum(1), denominator, target, ignore_index)
 
 

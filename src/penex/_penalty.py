@@ -55,13 +55,31 @@ class PenaltySums(NamedTuple):
         estimate = self.log_penalty(alpha, penalty_min, penalty_max).exp()
         return estimate.clamp(penalty_min, penalty_max)  # exp(log 100) need not be 100
 
-    def over_ranks(self, group: dist.ProcessGroup) -> "PenaltySums":
-        """The sums over the batches of all ranks of `group`: one collective of two numbers."""
-        local = torch.stack([self.exponential, self.partition])
+    def over_ranks(
+        self, denominator: Tensor, group: dist.ProcessGroup
+    ) -> tuple["PenaltySums", Tensor]:
+        """The sums over the batches of all ranks of `group`, and the mean of their denominators.
+
+        One collective of three numbers.
+        """
+        local = torch.stack([self.exponential, self.partition, denominator])
         ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         dist.all_gather(ranks, local, group=group)
-        exponential, partition = torch.stack(ranks).logsumexp(0)
-        return PenaltySums(exponential, partition, self.num_classes)
+        exponentials, partitions, denominators = torch.stack(ranks).unbind(1)
+        sums = PenaltySums(exponentials.logsumexp(0), partitions.logsumexp(0), self.num_classes)
+        return sums, denominators.mean()
+
+
+class Settled(NamedTuple):
+    """What a batch cannot tell by itself."""
+
+    log_penalty: float | Tensor
+    denominator: Tensor
+    """What ``mean`` divides by, 0-d; zero where there is nothing to learn from."""
+
+    def divisor(self) -> Tensor:
+        """The denominator, or one in place of zero, so that the mean of nothing is 0."""
+        return self.denominator.where(self.denominator != 0, 1)
 
 
 class Penalty(Protocol):
@@ -70,8 +88,8 @@ class Penalty(Protocol):
     local: bool
     """Whether the batch at hand decides it, without a word from other processes."""
 
-    def log(self, sums: Callable[[], PenaltySums]) -> float | Tensor:
-        """log rho for a batch with these sums."""
+    def settle(self, sums: Callable[[], PenaltySums], denominator: Tensor) -> "Settled":
+        """What holds for a batch with these sums, whose own mean has this denominator."""
         ...
 
     def value(self, exponential: float, partition: float) -> float:
@@ -97,10 +115,9 @@ class Given:
         else:
             self.penalty = positive("penalty", penalty)
 
-    def log(self, sums: Callable[[], PenaltySums]) -> float | Tensor:
-        if isinstance(self.penalty, Tensor):
-            return self.penalty.log()
-        return math.log(self.penalty)
+    def settle(self, sums: Callable[[], PenaltySums], denominator: Tensor) -> Settled:
+        value = self.penalty
+        return Settled(value.log() if isinstance(value, Tensor) else math.log(value), denominator)
 
     def value(self, exponential: float, partition: float) -> float:
         return float(self.penalty)
@@ -114,8 +131,8 @@ class Estimated:
     def __init__(self, alpha: float, penalty_min: float, penalty_max: float) -> None:
         self.bounds = alpha, penalty_min, penalty_max
 
-    def log(self, sums: Callable[[], PenaltySums]) -> Tensor:
-        return sums().log_penalty(*self.bounds)
+    def settle(self, sums: Callable[[], PenaltySums], denominator: Tensor) -> Settled:
+        return Settled(sums().log_penalty(*self.bounds), denominator)
 
     def value(self, exponential: float, partition: float) -> float:
         return estimate(exponential, partition, *self.bounds)

@@ -34,6 +34,7 @@ from penex._penalty import (
     Given,
     Penalty,
     PenaltySums,
+    Settled,
     check_penalty_bounds,
 )
 
@@ -373,7 +374,7 @@ def penalized(
 
 def _defined(
     logits: Tensor,
-    log_penalty: float | Tensor | None = None,
+    settled: Settled | None = None,
     *,
     target: Tensor,
     alpha: float,
@@ -384,13 +385,15 @@ def _defined(
     label_smoothing: float,
     log_threshold: float | None,
 ) -> Tensor:
-    """The loss of `logits` by the definition, at a given log rho or that of the rule."""
+    """The loss of `logits` by the definition, with what was settled before or by the rule."""
     batch = prepare(
         logits, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
     )
-    if log_penalty is None:
-        log_penalty = penalty.log(lambda: penalty_sums(batch, alpha, log_threshold))
-    rows = penex_rows(batch, alpha, log_penalty, log_threshold, reduction)
+    if settled is None:
+        sums = functools.partial(penalty_sums, batch, alpha, log_threshold)
+        settled = penalty.settle(sums, batch.denominator)
+    divisor = settled.divisor() if reduction == "mean" else 1.0
+    rows = penex_rows(batch, alpha, settled.log_penalty, log_threshold, divisor)
     return rows if reduction == "none" else rows.sum()
 
 
@@ -411,14 +414,13 @@ def penex_rows(
     alpha: float,
     log_penalty: float | Tensor,
     log_threshold: float | None,
-    reduction: str,
+    divisor: float | Tensor,
 ) -> Tensor:
-    """The loss of each row, (N, d1, ...), divided by the denominator if it will be averaged.
+    """The loss of each row, (N, d1, ...), over `divisor`.
 
     Every factor enters the exponent, so that a product is finite wherever it can be represented,
     even where a factor of it cannot.
     """
-    divisor = batch.denominator if reduction == "mean" else 1.0
     log_mass, rest, live = _log_factor(batch.mass / divisor)
     u = -alpha * batch.select(batch.logits)
     u = u.where(live, u.clamp(max=_LARGEST_EXPONENT))
@@ -446,7 +448,9 @@ def _log_threshold(huberization: float | None) -> float | None:
 def _reduced(rows: Tensor, batch: Batch, reduction: str) -> Tensor:
     if reduction == "none":
         return rows
-    return rows.sum() / batch.denominator if reduction == "mean" else rows.sum()
+    if reduction == "sum":
+        return rows.sum()
+    return rows.sum() / batch.denominator.where(batch.denominator != 0, 1)
 
 
 def _as_asked(value: Tensor, input: Tensor, reduction: str) -> Tensor:

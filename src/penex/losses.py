@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from penex import functional, inference
 from penex._inputs import check_options, choice, number, positive
-from penex._penalty import PenaltySums, check_penalty_bounds, estimate
+from penex._penalty import PenaltySums, Settled, check_penalty_bounds, estimate
 
 __all__ = ["PENEX", "ConfidencePenaltyLoss", "FocalLoss"]
 
@@ -76,9 +76,11 @@ class PENEX(_Loss):
         ignore_index: As in :func:`penex.functional.penex_loss`.
         reduction: As in :func:`penex.functional.penex_loss`.
         label_smoothing: As in :func:`penex.functional.penex_loss`.
-        process_group: Estimate :math:`\rho` over the batches of all ranks of this group, in
-            training; every rank must then call the criterion the same number of times. None: from
-            the local batch alone, so that under data parallelism each rank has its own.
+        process_group: In training, estimate :math:`\rho` over the batches of all ranks of this
+            group, and let ``"mean"`` divide by the average of their denominators: the gradients
+            that DistributedDataParallel averages are then those of one process with the joined
+            batch, however rows are ignored. One collective of three numbers a step; every rank
+            must call the criterion equally often. None: all from the local batch.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -179,24 +181,30 @@ class _Held:
     def __init__(self, criterion: PENEX) -> None:
         self.current, self.ema = criterion.penalty, criterion.ema
         self.mode = criterion.penalty_mode
-        self.learning = self.mode != "fixed" and criterion.training and torch.is_grad_enabled()
-        self.group = criterion.process_group if self.learning else None
+        training = criterion.training and torch.is_grad_enabled()
+        self.learning = training and self.mode != "fixed"
+        self.group = criterion.process_group if training else None
         self.local = self.group is None
         self.bounds = criterion.sensitivity, criterion.penalty_min, criterion.penalty_max
 
-    def log(self, sums: Callable[[], PenaltySums]) -> Tensor:
+    def settle(self, sums: Callable[[], PenaltySums], denominator: Tensor) -> Settled:
+        if self.group is None and self.mode == "fixed":
+            return Settled(self.current.log(), denominator)
+        found = sums()
+        if self.group is not None:
+            found, denominator = found.over_ranks(denominator, self.group)
         if self.mode == "fixed":
-            return self.current.log()
-        found = sums() if self.group is None else sums().over_ranks(self.group)
+            return Settled(self.current.log(), denominator)
         if self.learning:
             new = found.penalty(*self.bounds).to(self.current.dtype)
             if self.mode == "running":
                 new = self.current.lerp(new, self.ema).where(~self.current.isnan(), new)
             self.current.copy_(new.where(found.finite(), self.current))
         estimate = found.log_penalty(*self.bounds)
-        if self.mode == "auto":
-            return estimate
-        return self.current.log().to(estimate.dtype).where(~self.current.isnan(), estimate)
+        if self.mode == "running":
+            log_penalty = self.current.log().to(estimate.dtype)
+            estimate = log_penalty.where(~self.current.isnan(), estimate)
+        return Settled(estimate, denominator)
 
     def value(self, exponential: float, partition: float) -> float:
         if self.mode == "fixed":
