@@ -262,7 +262,7 @@ def robust_loss(input: Tensor, call: Call) -> Tensor:
         log_exponential = log_exponential.masked_fill(~live, -math.inf)
         log_partition = (_log_partition(input, dtype) + log_mass).masked_fill(~live, -math.inf)
         sums = PenaltySums.of(log_exponential, log_partition, input.shape[1])
-        settled = call.penalty.settle(lambda: sums, mass.sum())
+        settled = call.penalty.settle(sums, mass.sum())
         log_penalty = settled.log_penalty
         if call.reduction == "none":
             value = (log_exponential.exp() + (log_partition + log_penalty).exp()).squeeze(1)

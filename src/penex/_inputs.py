@@ -48,7 +48,9 @@ def number(name: str, value: object, low: float, high: float, *, open_low: bool 
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     result = float(value)
-    if not math.isfinite(result) or result > high or result < low or (open_low and result == low):
+    # Comparisons, for a compiler may make the number a symbol, and cannot trace isfinite of one.
+    inside = low < result <= high if open_low else low <= result <= high
+    if not inside or result == math.inf:
         bound = f"{'(' if open_low else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
         raise ValueError(f"{name}: expected a finite number in {bound}, got {value!r}")
     return result

@@ -1,7 +1,6 @@
 r"""The penalty :math:`\rho`: where it comes from, in tensors and, on the CPU, in plain numbers."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -88,7 +87,10 @@ class Penalty(Protocol):
     local: bool
     """Whether the batch at hand decides it, without a word from other processes."""
 
-    def settle(self, sums: Callable[[], PenaltySums], denominator: Tensor) -> "Settled":
+    needs_sums: bool
+    """Whether :meth:`settle` looks at the sums."""
+
+    def settle(self, sums: PenaltySums | None, denominator: Tensor) -> Settled:
         """What holds for a batch with these sums, whose own mean has this denominator."""
         ...
 
@@ -100,7 +102,7 @@ class Penalty(Protocol):
 class Given:
     """A number, or a 0-d tensor."""
 
-    local = True
+    local, needs_sums = True, False
 
     def __init__(self, penalty: float | Tensor) -> None:
         if isinstance(penalty, Tensor):
@@ -115,7 +117,7 @@ class Given:
         else:
             self.penalty = positive("penalty", penalty)
 
-    def settle(self, sums: Callable[[], PenaltySums], denominator: Tensor) -> Settled:
+    def settle(self, sums: PenaltySums | None, denominator: Tensor) -> Settled:
         value = self.penalty
         return Settled(value.log() if isinstance(value, Tensor) else math.log(value), denominator)
 
@@ -126,13 +128,14 @@ class Given:
 class Estimated:
     """The batch's own estimate."""
 
-    local = True
+    local, needs_sums = True, True
 
     def __init__(self, alpha: float, penalty_min: float, penalty_max: float) -> None:
         self.bounds = alpha, penalty_min, penalty_max
 
-    def settle(self, sums: Callable[[], PenaltySums], denominator: Tensor) -> Settled:
-        return Settled(sums().log_penalty(*self.bounds), denominator)
+    def settle(self, sums: PenaltySums | None, denominator: Tensor) -> Settled:
+        assert sums is not None  # noqa: S101  # needs_sums says so
+        return Settled(sums.log_penalty(*self.bounds), denominator)
 
     def value(self, exponential: float, partition: float) -> float:
         return estimate(exponential, partition, *self.bounds)

@@ -390,7 +390,7 @@ def _defined(
         logits, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
     )
     if settled is None:
-        sums = functools.partial(penalty_sums, batch, alpha, log_threshold)
+        sums = penalty_sums(batch, alpha, log_threshold) if penalty.needs_sums else None
         settled = penalty.settle(sums, batch.denominator)
     divisor = settled.divisor() if reduction == "mean" else 1.0
     rows = penex_rows(batch, alpha, settled.log_penalty, log_threshold, divisor)

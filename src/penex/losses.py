@@ -185,22 +185,20 @@ class _Held:
         self.learning = training and self.mode != "fixed"
         self.group = criterion.process_group if training else None
         self.local = self.group is None
+        self.needs_sums = self.mode != "fixed" or not self.local
         self.bounds = criterion.sensitivity, criterion.penalty_min, criterion.penalty_max
 
-    def settle(self, sums: Callable[[], PenaltySums], denominator: Tensor) -> Settled:
-        if self.group is None and self.mode == "fixed":
-            return Settled(self.current.log(), denominator)
-        found = sums()
-        if self.group is not None:
-            found, denominator = found.over_ranks(denominator, self.group)
-        if self.mode == "fixed":
+    def settle(self, sums: PenaltySums | None, denominator: Tensor) -> Settled:
+        if sums is not None and self.group is not None:
+            sums, denominator = sums.over_ranks(denominator, self.group)
+        if sums is None or self.mode == "fixed":
             return Settled(self.current.log(), denominator)
         if self.learning:
-            new = found.penalty(*self.bounds).to(self.current.dtype)
+            new = sums.penalty(*self.bounds).to(self.current.dtype)
             if self.mode == "running":
                 new = self.current.lerp(new, self.ema).where(~self.current.isnan(), new)
-            self.current.copy_(new.where(found.finite(), self.current))
-        estimate = found.log_penalty(*self.bounds)
+            self.current.copy_(new.where(sums.finite(), self.current))
+        estimate = sums.log_penalty(*self.bounds)
         if self.mode == "running":
             log_penalty = self.current.log().to(estimate.dtype)
             estimate = log_penalty.where(~self.current.isnan(), estimate)
