@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: demo test lint docs results lock clean
+.PHONY: demo test lint docs results bench gpu lock clean
 
 demo: .venv/.demo  ## Compare five losses on digits (about a minute)
 	$(BIN)/penex compare --out penex-results
@@ -26,6 +26,20 @@ results: .venv/.dev  ## The numbers and the picture of README and docs, made ane
 	$(BIN)/penex compare --out build/results/digits
 	$(BIN)/penex compare --data digits --train-size 300 --label-noise 0.2 --out build/results/digits-noisy
 	$(BIN)/python docs/make_results.py build/results
+
+bench: .venv/.dev  ## Time and memory on the CPU, and docs/performance.md made anew (some minutes)
+	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.page
+
+gpu: .venv/.dev  ## The tests that need a CUDA device, then the benchmarks on it
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch finds no CUDA device")'
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.loss --device cuda
+	$(BIN)/python -m benchmarks.memory --device cuda
+	$(BIN)/python -m benchmarks.step --device cuda
+	$(BIN)/python -m benchmarks.page
 
 lock: .venv/.dev  ## Write the installed versions to constraints.txt
 	( grep '^#' constraints.txt; $(BIN)/python -m pip list --format=freeze --exclude-editable \

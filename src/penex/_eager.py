@@ -68,25 +68,33 @@ class Call:
     definition: Callable[[Tensor, Settled], Tensor]
     """The loss of logits with what was settled, differentiable any number of times."""
 
-    def rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Labels to gather with, and omega_i, zero for ignored rows; both (N, 1, d1, ...)."""
-        labels = self.target.unsqueeze(1)
+    def rows(self, dtype: torch.dtype, piece: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Labels to gather with, and w_y, zero for ignored rows; both (N, 1, d1, ...)."""
+        labels = self.target[piece].unsqueeze(1)
         keep = labels != self.ignore_index
         labels = labels.where(keep, 0)
         if self.weight is None:
             return labels, keep.to(dtype)
         return labels, self.weight.to(dtype)[labels] * keep
 
-    def mass(self, logits: Tensor, piece: slice) -> Tensor:
-        """w_k q_ik of `logits`, which are the rows `piece` of the batch."""
-        target = self.target[piece]
-        weight = None if self.weight is None else self.weight.to(logits.dtype)
-        if target.is_floating_point():
-            return weighted(smooth(target.to(logits.dtype), self.label_smoothing), weight)
-        labels = target.unsqueeze(1)
-        keep = labels != self.ignore_index
-        one_hot = torch.zeros_like(logits).scatter_(1, labels.where(keep, 0), 1.0)
-        return weighted(smooth(one_hot, self.label_smoothing), weight).mul_(keep)
+    def weigh(self, values: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
+        """sum_k w_k q_ik v_ik and omega_i for the rows `piece`, turning `values` into w q v."""
+        dtype, smoothing = values.dtype, self.label_smoothing
+        weight = None if self.weight is None else self.weight.to(dtype)
+        if self.target.is_floating_point():
+            mass = weighted(smooth(self.target[piece].to(dtype), smoothing), weight)
+            return values.mul_(mass).sum(1, keepdim=True), mass.sum(1, keepdim=True)
+        labels, own = self.rows(dtype, piece)
+        at_label = (1 - smoothing) * own * values.gather(1, labels)
+        others = smoothing / values.shape[1]
+        if weight is not None:
+            values.mul_(weight.view(-1, *[1] * (values.ndim - 2)))
+        values.mul_(others)
+        keep = (self.target[piece].unsqueeze(1) != self.ignore_index).to(dtype)
+        values.scatter_add_(1, labels, at_label).mul_(keep)
+        all_classes = float(values.shape[1]) if weight is None else weight.sum()
+        total = (1 - smoothing) * own + others * all_classes * keep
+        return values.sum(1, keepdim=True), total
 
 
 def loss(input: Tensor, call: Call) -> Tensor | None:
@@ -200,9 +208,8 @@ class _Dense(torch.autograd.Function):
         total = input.new_empty(input.shape[0], 1, *input.shape[2:])
         sum_a = 0.0
         for piece in pieces(input):
-            mass = call.mass(input[piece], piece)
-            torch.sum(mass, 1, keepdim=True, out=total[piece])
-            sum_a += _exponentials(input[piece], call.alpha).mul_(mass).sum().item()
+            part, total[piece] = call.weigh(_exponentials(input[piece], call.alpha), piece)
+            sum_a += part.sum().item()
         sum_s = _sum_powers(input, total, powers)
         outcome.safe = _safe(sum_a, sum_s)
         if not outcome.safe:
@@ -230,7 +237,7 @@ class _Dense(torch.autograd.Function):
         powers.mul_(total * (ctx.rho * share))
         for piece in pieces(input):
             part = _exponentials(input[piece], ctx.call.alpha)
-            part.mul_(ctx.call.mass(input[piece], piece))
+            ctx.call.weigh(part, piece)
             powers[piece].sub_(part, alpha=ctx.call.alpha * share)
         return powers, None, None
 

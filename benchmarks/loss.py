@@ -1,0 +1,215 @@
+"""Times PENEX against cross-entropy and others: shapes x options x modes, eager and compiled."""
+
+import argparse
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import harness
+from benchmarks.harness import Results, Skipped, Strict, Timing
+from penex import PENEX
+from penex._eager import LOG2E, pieces
+from penex.losses import ConfidencePenaltyLoss, FocalLoss
+
+SHAPES = [(64, 10), (128, 100), (1024, 1000), (4096, 1000), (1024, 32000), (4, 21, 128, 128)]
+COMPILED = [(64, 10), (1024, 1000), (4096, 1000)]
+PARTS = [(4096, 1000), (1024, 32000)]
+"""The shapes at which single operations are timed."""
+OPTIONS = ("plain", "weight", "ignored", "smoothing", "bfloat16")
+MODES = ("running", "auto", "fixed")
+REFERENCE = "cross-entropy"
+WORKS = ("forward+backward", "forward")
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class LossRow(Strict):
+    """One loss in one situation."""
+
+    shape: tuple[int, ...]
+    option: Literal["plain", "weight", "ignored", "smoothing", "bfloat16"]
+    work: Literal["forward", "forward+backward"]
+    how: Literal["eager", "compiled", "operation"]
+    loss: str
+    timing: Timing
+    ratio: float | None
+    """To cross-entropy in the same situation, of medians."""
+    passes: float
+    """Median, in times of reading the logits once and writing one tensor of their size."""
+    fresh_passes: float
+    """The same, for a pass that writes to new memory, which the system must first provide."""
+
+
+def naive(logits: Tensor, target: Tensor, alpha: float = 0.1) -> Tensor:
+    """The published formula with the penalty of the batch, term by term."""
+    exponential = torch.exp(-alpha * logits.gather(1, target.unsqueeze(1))).squeeze(1)
+    partition = torch.exp(logits).sum(1)
+    penalty = alpha * exponential.detach().mean() / partition.detach().mean()
+    return exponential.mean() + penalty * partition.mean()
+
+
+def data(shape: tuple[int, ...], option: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Standard normal logits, and uniform labels."""
+    logits = torch.randn(shape, device=device)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), device=device)
+    if option == "bfloat16":
+        logits = logits.bfloat16()
+    if option == "ignored":
+        target[torch.rand(target.shape, device=device) < 0.1] = -100
+    return logits, target
+
+
+def losses(classes: int, option: str, device: torch.device) -> dict[str, Loss]:
+    """Cross-entropy and PENEX with the same option; the others have no part in the options."""
+    weight = torch.rand(classes, device=device) + 0.5 if option == "weight" else None
+    smoothing = 0.1 if option == "smoothing" else 0.0
+    result: dict[str, Loss] = {
+        REFERENCE: nn.CrossEntropyLoss(weight, label_smoothing=smoothing).to(device)
+    }
+    for mode in MODES:
+        penalty = 1e-3 if mode == "fixed" else None
+        criterion = PENEX(weight, penalty_mode=mode, penalty=penalty, label_smoothing=smoothing)
+        result[f"penex {mode}"] = criterion.to(device)
+    if option == "plain":
+        result |= {
+            "naive": naive,
+            "focal": FocalLoss(),
+            "confidence penalty": ConfidencePenaltyLoss(),
+        }
+    return result
+
+
+def call(loss: Loss, logits: Tensor, target: Tensor, work: str) -> Callable[[], object]:
+    """What is timed: the value as in validation, or the value and its gradient as in training."""
+    if work == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return loss(logits, target)
+
+        return forward
+    leaf = logits.detach().requires_grad_()
+    return lambda: torch.autograd.grad(loss(leaf, target), leaf)
+
+
+def single_passes(logits: Tensor) -> dict[str, Callable[[], object]]:
+    """Reading the logits once and writing one tensor of their size, old or new."""
+    written = torch.empty_like(logits)
+    return {
+        "pass": lambda: torch.add(logits, 1.0, out=written),
+        "fresh pass": lambda: torch.add(logits, 1.0),
+    }
+
+
+def operations(logits: Tensor) -> dict[str, Callable[[], object]]:
+    """What a loss is made of."""
+    out = torch.empty_like(logits)
+
+    def whole() -> Tensor:
+        return torch.mul(logits, LOG2E, out=out).exp2_().sum()
+
+    def in_pieces() -> list[Tensor]:
+        return [
+            torch.mul(logits[piece], LOG2E, out=out[piece]).exp2_().sum()
+            for piece in pieces(logits)
+        ]
+
+    return {
+        "exp": lambda: torch.exp(logits, out=out),
+        "mul, exp2": lambda: torch.mul(logits, LOG2E, out=out).exp2_(),
+        "mul, exp2, sum": whole,
+        "mul, exp2, sum, in pieces": in_pieces,
+        "mul in place": lambda: out.mul_(1.0),
+        "log_softmax": lambda: torch.log_softmax(logits, 1),
+    }
+
+
+def rows(
+    times: dict[str, Timing], shape: tuple[int, ...], option: str, work: str, how: str
+) -> Iterator[LossRow]:
+    once, fresh = times["pass"].median, times["fresh pass"].median
+    for name, timing in times.items():
+        if how == "eager" or name not in ("pass", "fresh pass"):
+            yield LossRow(
+                shape=shape,
+                option=option,
+                work=work,
+                how=how,
+                loss=name,
+                timing=timing,
+                ratio=timing.median / times[REFERENCE].median if REFERENCE in times else None,
+                passes=timing.median / once,
+                fresh_passes=timing.median / fresh,
+            )
+
+
+def eager(shapes: list[tuple[int, ...]], options: argparse.Namespace) -> Iterator[LossRow]:
+    for shape in shapes:
+        for option in OPTIONS[:1] if options.quick else OPTIONS:
+            logits, target = data(shape, option, options.device)
+            contenders = losses(shape[1], option, options.device)
+            for work in WORKS:
+                functions = single_passes(logits) | {
+                    name: call(loss, logits, target, work) for name, loss in contenders.items()
+                }
+                times = harness.compare(functions, options.device, **options.effort)
+                yield from rows(times, shape, option, work, "eager")
+            print("x".join(map(str, shape)), option, flush=True)
+
+
+def compiled(shapes: list[tuple[int, ...]], options: argparse.Namespace) -> Iterator[LossRow]:
+    for shape in shapes:
+        torch.compiler.reset()
+        logits, target = data(shape, "plain", options.device)
+        contenders = losses(shape[1], "plain", options.device)
+        functions = single_passes(logits)
+        for name in (REFERENCE, "penex running"):
+            loss = torch.compile(contenders[name], fullgraph=True, dynamic=False)
+            functions[name] = call(loss, logits, target, "forward+backward")
+        times = harness.compare(functions, options.device, **options.effort)
+        yield from rows(times, shape, "plain", "forward+backward", "compiled")
+        print("x".join(map(str, shape)), "compiled", flush=True)
+
+
+def parts(shapes: list[tuple[int, ...]], options: argparse.Namespace) -> Iterator[LossRow]:
+    for shape in shapes:
+        logits, _ = data(shape, "plain", options.device)
+        functions = single_passes(logits) | operations(logits)
+        times = harness.compare(functions, options.device, **options.effort)
+        yield from rows(times, shape, "plain", "forward", "operation")
+
+
+def main() -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--shape", action="append", help="only this shape, such as 64x10")
+    options = parser.parse_args()
+    options.effort = {"seconds": 1.5}
+    if options.quick:
+        options.effort = {"seconds": 0.0, "blocks": 3, "calls": 1}
+    machine = harness.start(options)
+    shapes = [shape for shape in SHAPES if not options.quick or math.prod(shape) < 1 << 24]
+    if options.shape:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shape]
+    found, skipped = list(eager(shapes, options)), []
+    found += parts([shape for shape in PARTS if shape in shapes], options)
+    reason = None
+    if options.quick:
+        reason = "a trial run"
+    elif not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        reason = "no C++ compiler was found"
+    if reason is None:
+        found += compiled([shape for shape in COMPILED if shape in shapes], options)
+    else:
+        skipped.append(Skipped(what="torch.compile", reason=reason))
+    results = Results[LossRow](
+        name="loss", machine=machine, quick=options.quick, rows=found, skipped=skipped
+    )
+    results.save(options.out)
+
+
+if __name__ == "__main__":
+    main()
