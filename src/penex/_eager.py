@@ -103,18 +103,18 @@ def loss(input: Tensor, call: Call) -> Tensor | None:
     Raises:
         IndexError, RuntimeError: A label is out of range, on the CPU.
     """
-    plain = (
+    soft = call.target.is_floating_point() or call.label_smoothing > 0
+    value = None
+    if (
         input.is_cpu
-        and input.dtype in (torch.float32, torch.float64)
         and call.reduction != "none"
         and call.log_threshold is None
         and call.penalty.local
-    )
-    if call.target.is_floating_point() or call.label_smoothing > 0:
-        usable = plain and not call.target.requires_grad
-        return _unless_unsafe(_Dense, input, call) if usable else None
-    value = _unless_unsafe(_Plain, input, call) if plain else None
-    return robust_loss(input, call) if value is None else value
+        and not call.target.requires_grad
+    ):
+        exact = input if input.dtype == torch.float64 else input.float()
+        value = _unless_unsafe(_Dense if soft else _Plain, exact, call)
+    return value if soft or value is not None else robust_loss(input, call)
 
 
 # The plain way, on the CPU: e^f as it is.
