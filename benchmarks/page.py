@@ -85,10 +85,15 @@ def shape_name(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))
 
 
+def _three(number: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"
+
+
 def duration(timing: Timing) -> str:
     """Median and quartiles."""
     scale, unit = (1e6, "µs") if timing.median < 1e-3 else (1e3, "ms")
-    median, q1, q3 = (f"{scale * t:.3g}" for t in (timing.median, timing.q1, timing.q3))
+    median, q1, q3 = (_three(scale * t) for t in (timing.median, timing.q1, timing.q3))
     return f"{median} {unit} ({q1} to {q3})"
 
 

@@ -87,7 +87,9 @@ def cell(name: str, value: dict[str, Any]) -> Cell:
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1000 * seconds:.3g}"
+    if seconds is None:
+        return "–"
+    return f"{1000 * seconds:.0f}" if seconds >= 1 else f"{1000 * seconds:.3g}"
 
 
 def caption(results: dict[str, Any]) -> str:
