@@ -137,6 +137,18 @@ def test_the_input_is_left_alone_and_watched(path) -> None:
         loss.backward()
 
 
+def test_weights_and_targets_get_their_gradients_too(path) -> None:
+    logits, labels = batch((5, 3))
+    weight = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    soft = torch.rand(5, 3, dtype=torch.float64).softmax(1).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda f, w: penex.penex_loss(f, labels, weight=w, penalty=0.3), (logits, weight)
+    )
+    assert torch.autograd.gradcheck(
+        lambda f, q: penex.penex_loss(f, q, penalty=0.3), (logits, soft)
+    )
+
+
 def test_strides_of_the_gradient_follow_the_logits(path) -> None:
     logits, target = batch((2, 4, 3, 5))
     channels_last = logits.detach().to(memory_format=torch.channels_last).requires_grad_()

@@ -10,8 +10,8 @@ the gradient needs. The gradient is separable over classes,
 
 so the exponentials of the value are, up to a factor for each row, the gradient.
 
-:func:`plain_loss` makes use of that on the CPU: it sums :math:`e^f` as it is and keeps it, and
-:func:`dense_loss` does the same for soft targets. What could overflow or lose digits that way is
+:class:`_Plain` makes use of that on the CPU: it sums :math:`e^f` as it is and keeps it, and
+:class:`_Dense` does the same for soft targets. What could overflow or lose digits that way is
 left to :func:`robust_loss`, which shifts each row by its maximum, computes the exponentials of the
 gradient anew, and never synchronises; or, for soft targets, to the definition.
 """
@@ -103,6 +103,8 @@ def loss(input: Tensor, call: Call) -> Tensor | None:
     Raises:
         IndexError, RuntimeError: A label is out of range, on the CPU.
     """
+    if call.target.requires_grad or (call.weight is not None and call.weight.requires_grad):
+        return None  # here gradients are for the logits alone
     soft = call.target.is_floating_point() or call.label_smoothing > 0
     value = None
     if (
@@ -110,7 +112,6 @@ def loss(input: Tensor, call: Call) -> Tensor | None:
         and call.reduction != "none"
         and call.log_threshold is None
         and call.penalty.local
-        and not call.target.requires_grad
     ):
         exact = input if input.dtype == torch.float64 else input.float()
         value = _unless_unsafe(_Dense if soft else _Plain, exact, call)
