@@ -58,5 +58,5 @@ clean:  ## Remove the environment and what was built
 	@touch $@
 
 .venv/.dev: $(LOCK) | .venv/bin/python
-	$(PIP) install --constraint constraints.txt --editable '.[compare,onnx,docs,dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[compare,data,attacks,transformers,ray,onnx,docs,dev]'
 	@touch $@ .venv/.demo

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from penex.compare.errors import CompareError
-from penex.compare.registry import LOSSES, contender
+from penex.compare.registry import DEFAULT_LOSSES, contender
 
 Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Config(BaseModel):
@@ -18,19 +19,57 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    # Data
     data: str = "digits"
+    data_dir: str | None = None
+    """Folder with the Parquet files of the data set that `data` names on the hub."""
     target: str | None = None
-    losses: tuple[str, ...] = tuple(LOSSES)
-    seeds: Annotated[int, Field(ge=1, le=1000)] = 5
+    text: str | None = None
+    """Column of a table that holds the text to classify; the other columns are left out."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes to keep."""
     train_size: Positive | None = None
     validation_size: Annotated[float, Field(gt=0, lt=1)] = 0.2
     test_size: Annotated[float, Field(gt=0, lt=1)] = 0.25
     label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    epochs: Positive = 100
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    batch_size: Positive = 64
+    noise: Literal["other", "uniform"] = "other"
+    """Wrong labels: another class, in training rows; or any class, in validation rows too, as the
+    authors' code has it."""
+    image_size: Positive | None = None
+    """Images are resized to this height and width; None: as they come, and all alike."""
+    augment: tuple[Literal["flip", "crop", "resized-crop", "rotate"], ...] = ()
+    """Random changes to training images that keep the label."""
+
+    # Model
+    model: str | None = None
+    """None: mlp for numbers, convnet for images, transformer for text."""
     hidden: tuple[Positive, ...] = (128, 128)
+    model_options: dict[str, JsonValue] = {}
+
+    # Training
+    losses: tuple[str, ...] = DEFAULT_LOSSES
+    seeds: Annotated[int, Field(ge=1, le=1000)] = 5
+    epochs: Positive = 100
+    lr: PositiveFloat = 1e-3
+    lr_of: dict[str, PositiveFloat] = {}
+    """Learning rates of single losses, by their name in `losses`, in place of `lr`."""
+    batch_size: Positive = 64
+    accumulate: Positive = 1
+    """Batches to an optimiser step."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    gradient_clip: PositiveFloat | None = None
+    """Largest norm of the gradient of all parameters together."""
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    compile: bool = False
+
+    # Tuning
     tune: Annotated[int, Field(ge=0)] = 0
+    tune_lr: bool = True
+    tune_at: Literal["best", "last"] = "best"
+    """The epoch whose validation NLL tuning goes by."""
 
     @field_validator("losses")
     @classmethod
@@ -51,7 +90,34 @@ class Config(BaseModel):
 
         Losses and seeds may be added later; the data is known by its content, not by its path.
         """
-        return self.model_dump(mode="json", exclude={"losses", "seeds", "data", "target"})
+        return self.model_dump(
+            mode="json", exclude={"losses", "seeds", "data", "data_dir", "target"}
+        )
+
+    def lr_for(self, spec: str) -> float:
+        """The learning rate of a loss, untuned."""
+        return self.lr_of.get(spec, self.lr)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how runs are executed: nothing in it decides a number of a single-device run."""
+
+    jobs: int = 1
+    """Runs at a time."""
+    backend: Literal["local", "ray"] = "local"
+    address: str | None = None
+    """Of the Ray cluster; None: one started on this machine."""
+    devices: int = 1
+    """Devices that share one run, on each of `nodes` machines; above 1 needs `strategy`."""
+    nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    workers: int = 0
+    """Processes that load data, for each run."""
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Besides curve.csv, which is always written."""
+    storage: str | None = None
+    """URL of the Optuna storage; None: a journal file in the output folder."""
 
 
 @dataclass(frozen=True)

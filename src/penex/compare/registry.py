@@ -104,6 +104,9 @@ LOSSES = {
     )
 }
 
+DEFAULT_LOSSES = (REFERENCE, "label-smoothing", "confidence-penalty", "focal", "penex")
+"""What is compared unless other losses are named; the rest of the registry is for ablations."""
+
 
 @dataclass(frozen=True)
 class Contender:
