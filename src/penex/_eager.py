@@ -16,6 +16,7 @@ left to :func:`robust_loss`, which shifts each row by its maximum, computes the 
 gradient anew, and never synchronises; or, for soft targets, to the definition.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ from penex._penalty import Penalty, PenaltySums, Settled
 
 LOG2E = 1 / math.log(2)
 """e^x is taken as 2^(x LOG2E): torch's exp2 is the faster one on the CPU, see benchmarks."""
-PIECE = 1 << 20
+PIECE = 1 << 19
 """Logits worked on at a time, few enough to stay in the cache."""
+SMALL = 1 << 15
+"""So few logits that memory does not matter."""
 SAFE = 1e30
 """Between 1 / SAFE and SAFE nothing was lost to overflow or underflow that float32 could show."""
 
@@ -53,54 +56,45 @@ def applies(input: Tensor) -> bool:
 
 @dataclass(slots=True)
 class Call:
-    """A batch, and what is asked of it."""
+    """What is asked of a batch, in the form that :func:`penex._inputs.validate` lets through."""
 
     target: Tensor
-    """Class indices, int64, (N, d1, ...), or class probabilities, (N, K, d1, ...)."""
+    """Class indices, (N, d1, ...), or one-hot labels or class probabilities, (N, K, d1, ...)."""
     alpha: float
+    penalty: Penalty
     weight: Tensor | None
     ignore_index: int
+    reduction: str
     label_smoothing: float
     log_threshold: float | None
     """Where huberization sets in, as a logarithm."""
-    reduction: str
-    penalty: Penalty
-    definition: Callable[[Tensor, Settled], Tensor]
+    definition: Callable[[Tensor, "Call", Settled], Tensor]
     """The loss of logits with what was settled, differentiable any number of times."""
 
-    def rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Labels to gather with, and w_y, zero for ignored rows; both (N, 1, d1, ...)."""
+    def all_kept(self) -> bool:
+        """Whether no row is ignored. To be asked on the CPU, where looking costs little."""
+        if self.ignore_index < 0:
+            return self.target.min().item() >= 0
+        return not (self.target == self.ignore_index).any().item()
+
+    def rows(self, dtype: torch.dtype, all_kept: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Labels to gather with, and w_y, zero for ignored rows; both (N, 1, d1, ...).
+
+        If all rows are known to be kept, None stands for weights that are all one.
+        """
         labels = self.target.unsqueeze(1)
+        weight = None if self.weight is None else self.weight.to(dtype)
+        if all_kept:
+            return labels, None if weight is None else weight.take(labels)
         keep = labels != self.ignore_index
         labels = labels.where(keep, 0)
-        if self.weight is None:
-            return labels, keep.to(dtype)
-        return labels, self.weight.to(dtype)[labels] * keep
-
-    def weigh(self, values: Tensor, piece: slice) -> Tensor:
-        """Turn `values`, v_ik of the rows `piece`, into w_k q_ik v_ik; returns omega_i."""
-        dtype, smoothing = values.dtype, self.label_smoothing
-        weight = None if self.weight is None else self.weight.to(dtype)
-        if self.target.is_floating_point():
-            mass = weighted(smooth(self.target[piece].to(dtype), smoothing), weight)
-            values.mul_(mass)
-            return mass.sum(1, keepdim=True)
-        labels = self.target[piece].unsqueeze(1)
-        kept = labels != self.ignore_index
-        labels, keep = labels.where(kept, 0), kept.to(dtype)
-        own = (1 - smoothing) * (keep if weight is None else weight[labels] * keep)
-        at_label = own * values.gather(1, labels)
-        others = smoothing / values.shape[1]
-        if weight is not None:
-            values.mul_(weight.view(-1, *[1] * (values.ndim - 2)))
-        values.mul_(others)
-        values.scatter_add_(1, labels, at_label).mul_(keep)
-        all_classes = float(values.shape[1]) if weight is None else weight.sum()
-        return own + others * all_classes * keep
+        return labels, keep.to(dtype) if weight is None else weight.take(labels).mul_(keep)
 
 
 def loss(input: Tensor, call: Call) -> Tensor | None:
-    """The loss of `input`, (N, K, d1, ...), in float32 or float64; None: only by the definition.
+    """The loss of `input`, (N, K, d1, ...), of any dtype; None: only by the definition.
+
+    Integer targets in `call` are class indices.
 
     Raises:
         IndexError, RuntimeError: A label is out of range, on the CPU.
@@ -108,151 +102,222 @@ def loss(input: Tensor, call: Call) -> Tensor | None:
     if call.target.requires_grad or (call.weight is not None and call.weight.requires_grad):
         return None  # here gradients are for the logits alone
     soft = call.target.is_floating_point() or call.label_smoothing > 0
-    value = None
     if (
         input.is_cpu
         and call.reduction != "none"
         and call.log_threshold is None
         and call.penalty.local
     ):
-        exact = input if input.dtype == torch.float64 else input.float()
-        value = _unless_unsafe(_Dense if soft else _Plain, exact, call)
-    return value if soft or value is not None else robust_loss(input, call)
+        try:
+            value: Tensor = (_Dense if soft else _Plain).apply(input, call)  # type: ignore[no-untyped-call]
+            return value
+        except _UnsafeError:
+            pass
+    return None if soft else robust_loss(input, call)
+
+
+@functools.lru_cache(16)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A number that many calls multiply with: by a tensor that takes half the time, if small."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _computed_in(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 # The plain way, on the CPU: e^f as it is.
 
 
-@dataclass(slots=True)
-class _Outcome:
-    safe: bool = False
+class _UnsafeError(ArithmeticError):
+    """A sum over- or underflowed, or nearly."""
 
 
-def _unless_unsafe(
-    function: type[torch.autograd.Function], input: Tensor, call: Call
-) -> Tensor | None:
-    outcome = _Outcome()
-    value: Tensor = function.apply(input, call, outcome)  # type: ignore[no-untyped-call]
-    return value if outcome.safe else None
-
-
-def _safe(*values: float) -> bool:
-    return all(1 / SAFE < value < SAFE for value in values)
+def _safe(sum_a: float, sum_s: float) -> bool:
+    return 1 / SAFE < sum_a < SAFE and 1 / SAFE < sum_s < SAFE
 
 
 class _Plain(torch.autograd.Function):
+    """Class indices."""
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, call: Call, outcome: _Outcome) -> Tensor:
-        labels, mass = call.target.unsqueeze(1), None
-        try:  # gather checks the range, which finds ignored rows without another look
-            if call.weight is not None or 0 <= call.ignore_index < input.shape[1]:
-                raise IndexError
-            true = input.gather(1, labels)
-        except (IndexError, RuntimeError):
-            labels, mass = call.rows(input.dtype)
-            true = input.gather(1, labels)
-        exponential = true.mul_(-call.alpha).exp_()
+    def forward(ctx: Any, input: Tensor, call: Call) -> Tensor:
+        labels, mass = call.rows(_computed_in(input), call.all_kept())
+        true = input.gather(1, labels)
+        if true.dtype.itemsize < 4:
+            true = true.float()
+        dtype = true.dtype
+        exponential = true.mul_(_constant(-call.alpha, dtype)).exp_()
         if mass is not None:
             exponential.mul_(mass)
-        powers = torch.empty_like(input) if ctx.needs_input_grad[0] else None
-        sum_a, sum_s = exponential.sum().item(), _sum_powers(input, mass, powers)
-        outcome.safe = _safe(sum_a, sum_s)
-        if not outcome.safe:
-            return input.new_empty(())
+        sum_a = exponential.sum().item()
+        sum_s, powers = _sum_powers(input, mass, ctx.needs_input_grad[0])
+        if not _safe(sum_a, sum_s):
+            raise _UnsafeError
         rho = call.penalty.value(sum_a, sum_s)
         divisor = 1.0
         if call.reduction == "mean":
             divisor = float(labels.numel()) if mass is None else mass.sum().item()
-        ctx.save_for_backward(input, labels, mass, exponential)
-        ctx.powers, ctx.call, ctx.rho, ctx.divisor = powers, call, rho, divisor
-        return torch.scalar_tensor((sum_a + rho * sum_s) / divisor, dtype=input.dtype)
+        ctx.save_for_backward(input, labels, mass)
+        ctx.exponential, ctx.powers = exponential, powers
+        ctx.call, ctx.rho, ctx.divisor = call, rho, divisor
+        return torch.scalar_tensor((sum_a + rho * sum_s) / divisor, dtype=dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        input, labels, mass, exponential = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        input, labels, mass = ctx.saved_tensors
         if _looked_into(grad):
-            return _differentiable(ctx.call, _settled(ctx, input), input, grad), None, None
-        # The kept exponentials become the gradient. A second backward computes them again.
+            return _differentiable(ctx.call, _settled(ctx, input), input, grad), None
         powers, ctx.powers = ctx.powers, None
         share = grad.item() / ctx.divisor
-        at_label, factor = exponential * (-ctx.call.alpha * share), ctx.rho * share
+        exponential, factor = ctx.exponential, ctx.rho * share
+        at_label = exponential * _constant(-ctx.call.alpha * share, exponential.dtype)
         largest = abs(factor) if mass is None else abs(factor) * mass.max().item()
         if not (largest == 0 or 1 / SAFE < largest <= 1):
             # So large a factor would bring up what underflow has taken from the exponentials.
             log_rows = torch.zeros_like(exponential) if mass is None else mass.log()
             log_rows += math.log(abs(factor)) if factor else -math.inf
             sign = torch.full_like(grad, math.copysign(1.0, factor))
-            return _gradient(input, labels, log_rows, sign, at_label), None, None
-        if powers is None:
-            powers = torch.empty_like(input)
-            _sum_powers(input, mass, powers)
-        powers.mul_(factor if mass is None else mass * factor)
-        return powers.scatter_add_(1, labels, at_label), None, None
+            return _gradient(input, labels, log_rows, sign, at_label), None
+
+        factor = factor if mass is None else mass * factor
+        if powers is not None:  # they become the gradient
+            return powers.mul_(factor).scatter_add_(1, labels, at_label).to(input.dtype), None
+        gradient = torch.empty_like(input)
+        for piece in pieces(input):
+            part = _powers(input[piece])
+            part.mul_(factor if mass is None else factor[piece])
+            gradient[piece] = part.scatter_add_(1, labels[piece], at_label[piece])
+        return gradient, None
 
 
-def _sum_powers(input: Tensor, mass: Tensor | None, out: Tensor | None) -> float:
-    """sum_i omega_i sum_j e^{f_ij}; the powers themselves go to `out`, if given."""
-    if input.numel() <= PIECE or len(input) == 1:
-        powers = torch.mul(input, LOG2E, out=out).exp2_()
-        return (powers.sum() if mass is None else (powers.sum(1, True) * mass).sum()).item()
+def _sum_powers(input: Tensor, mass: Tensor | None, keep: bool) -> tuple[float, Tensor | None]:
+    """sum_i omega_i sum_j e^{f_ij}; and the e^{f_ij} where they are asked for.
+
+    Those of half precision are kept in small batches alone: in float32, to be rounded once.
+    """
+    keep = keep and (input.dtype.itemsize >= 4 or input.numel() <= SMALL)
+    if input.numel() <= PIECE:
+        powers = _powers(input)
+        return _total(powers, mass), powers if keep else None
+    kept = torch.empty_like(input) if keep else None
     total = 0.0
     for piece in pieces(input):
-        part, place = (None if rows is None else rows[piece] for rows in (mass, out))
-        total += _sum_powers(input[piece], part, place)
-    return total
+        powers = _powers(input[piece], out=None if kept is None else kept[piece])
+        total += _total(powers, None if mass is None else mass[piece])
+    return total, kept
+
+
+def _powers(logits: Tensor, factor: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """e^{factor f}, in float32 or float64."""
+    if logits.dtype.itemsize < 4:
+        logits = out = logits.float()
+    return torch.mul(logits, _constant(factor * LOG2E, logits.dtype), out=out).exp2_()
+
+
+def _total(powers: Tensor, mass: Tensor | None) -> float:
+    return (powers.sum() if mass is None else (powers.sum(1, True) * mass).sum()).item()
+
+
+class _Mass:
+    """m_ik = w_k q_ik, the masses of soft targets, never all of them at a time."""
+
+    def __init__(self, input: Tensor, call: Call) -> None:
+        dtype = _computed_in(input)
+        self.target, self.smoothing = call.target, call.label_smoothing
+        self.weight = self.keep = self.own = None
+        classes, all_classes = input.shape[1], float(input.shape[1])
+        if call.weight is not None:
+            self.weight = call.weight.to(dtype).view(-1, *[1] * (input.ndim - 2))
+            all_classes = self.weight.sum().item()
+        self.total: Tensor | None
+        """omega_i = sum_k m_ik, (N, 1, d1, ...); None: one everywhere."""
+        if call.target.is_floating_point():
+            self.total = torch.cat([
+                weighted(call.target[piece].to(dtype), call.weight).sum(1, True)
+                for piece in pieces(input)
+            ])  # fmt: skip
+            self.denominator = float(self.total.numel())
+        else:
+            all_kept = call.all_kept()
+            self.labels, self.own = call.rows(dtype, all_kept)
+            if not all_kept:
+                self.keep = (call.target != call.ignore_index).unsqueeze(1).to(dtype)
+            self.total = self.own
+            rows = self.labels.numel() if self.own is None else self.own.sum().item()
+            self.denominator = float(rows)
+        if self.smoothing and self.total is not None:
+            others = self.smoothing * all_classes / classes
+            self.total = (1 - self.smoothing) * self.total + (
+                others if self.keep is None else others * self.keep
+            )
+
+    def times(self, values: Tensor, piece: slice) -> tuple[float, Tensor | None]:
+        """Make v_ik of the rows `piece` into m_ik v_ik = factor * values, plus more at the labels.
+
+        Returns:
+            The factor, and what to add at the labels; None: nothing.
+        """
+        if self.target.is_floating_point():
+            weight = None if self.weight is None else self.weight.flatten()
+            target = self.target[piece].to(values.dtype)
+            values.mul_(weighted(smooth(target, self.smoothing), weight))
+            return 1.0, None
+        at_label = values.gather(1, self.labels[piece]).mul_(1 - self.smoothing)
+        if self.own is not None:
+            at_label.mul_(self.own[piece])
+        for factor in (self.weight, None if self.keep is None else self.keep[piece]):
+            if factor is not None:
+                values.mul_(factor)
+        return self.smoothing / values.shape[1], at_label
 
 
 class _Dense(torch.autograd.Function):
     """Soft targets: class probabilities, or class indices with label smoothing."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, call: Call, outcome: _Outcome) -> Tensor:
-        powers = torch.empty_like(input)
-        total = input.new_empty(input.shape[0], 1, *input.shape[2:])
-        sum_a = 0.0
+    def forward(ctx: Any, input: Tensor, call: Call) -> Tensor:
+        mass, sum_a = _Mass(input, call), 0.0
         for piece in pieces(input):
-            part = _exponentials(input[piece], call.alpha)
-            total[piece] = call.weigh(part, piece)
-            sum_a += part.sum().item()
-        sum_s = _sum_powers(input, total, powers)
-        outcome.safe = _safe(sum_a, sum_s)
-        if not outcome.safe:
-            return input.new_empty(())
+            values = _powers(input[piece], -call.alpha)
+            factor, at_label = mass.times(values, piece)
+            sum_a += factor * values.sum().item()
+            sum_a += 0.0 if at_label is None else at_label.sum().item()
+        sum_s, powers = _sum_powers(input, mass.total, ctx.needs_input_grad[0])
+        if not _safe(sum_a, sum_s):
+            raise _UnsafeError
         rho = call.penalty.value(sum_a, sum_s)
-        divisor = 1.0
-        if call.reduction == "mean":
-            rows = None if call.target.is_floating_point() else call.rows(input.dtype)[1]
-            divisor = float(total.numel()) if rows is None else rows.sum().item()
-        ctx.save_for_backward(input, total, call.target)
-        ctx.powers = powers if ctx.needs_input_grad[0] else None
-        ctx.call, ctx.rho, ctx.divisor = call, rho, divisor
-        return torch.scalar_tensor((sum_a + rho * sum_s) / divisor, dtype=input.dtype)
+        ctx.save_for_backward(input, call.target)
+        ctx.divisor = mass.denominator if call.reduction == "mean" else 1.0
+        ctx.powers, ctx.call, ctx.mass, ctx.rho = powers, call, mass, rho
+        return torch.scalar_tensor((sum_a + rho * sum_s) / ctx.divisor, dtype=_computed_in(input))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        input, total, _ = ctx.saved_tensors
-        if _looked_into(grad) or not 1 / SAFE < abs(grad.item()) * ctx.rho / ctx.divisor <= 1:
-            return _differentiable(ctx.call, _settled(ctx, input), input, grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        input, _ = ctx.saved_tensors
+        call, mass = ctx.call, ctx.mass
+        share = 0.0 if _looked_into(grad) else grad.item() / ctx.divisor
+        if not 1 / SAFE < abs(share) * ctx.rho <= 1:
+            return _differentiable(call, _settled(ctx, input), input, grad), None
         powers, ctx.powers = ctx.powers, None
-        if powers is None:
-            powers = torch.empty_like(input)
-            _sum_powers(input, total, powers)
-        share = grad.item() / ctx.divisor
-        powers.mul_(total * (ctx.rho * share))
+        gradient = powers if powers is not None else torch.empty_like(input)
         for piece in pieces(input):
-            part = _exponentials(input[piece], ctx.call.alpha)
-            ctx.call.weigh(part, piece)
-            powers[piece].sub_(part, alpha=ctx.call.alpha * share)
-        return powers, None, None
+            part = _powers(input[piece]) if powers is None else powers[piece]
+            total = 1.0 if mass.total is None else mass.total[piece]
+            part.mul_(total * (ctx.rho * share))
+            values = _powers(input[piece], -call.alpha)
+            factor, at_label = mass.times(values, piece)
+            part.sub_(values, alpha=call.alpha * share * factor)
+            if at_label is not None:
+                part.scatter_add_(1, mass.labels[piece], at_label.mul_(-call.alpha * share))
+            if powers is None:
+                gradient[piece] = part
+        return gradient.to(input.dtype), None
 
 
 def _settled(ctx: Any, input: Tensor) -> Settled:
-    return Settled(math.log(ctx.rho), input.new_tensor(ctx.divisor))
-
-
-def _exponentials(logits: Tensor, alpha: float) -> Tensor:
-    """e^{-alpha f}."""
-    return torch.mul(logits, -alpha * LOG2E).exp2_()
+    divisor = torch.tensor(ctx.divisor, dtype=_computed_in(input), device=input.device)
+    return Settled(math.log(ctx.rho), divisor)
 
 
 # The robust way, on every device: each row shifted by its maximum.
@@ -262,8 +327,9 @@ def robust_loss(input: Tensor, call: Call) -> Tensor:
     """The loss of any batch, on any device, in any dtype, with any reduction."""
     alpha, log_threshold = call.alpha, call.log_threshold
     with torch.no_grad():
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        dtype = _computed_in(input)
         labels, mass = call.rows(dtype)
+        assert mass is not None  # noqa: S101
         live, log_mass = mass > 0, mass.log()
         u = -alpha * input.gather(1, labels).to(dtype)
         log_slope = u if log_threshold is None else u.clamp(max=log_threshold)
@@ -339,13 +405,19 @@ def _gradient(
     """
     gradient = torch.empty_like(input)
     log2_rows, dead = log_rows * LOG2E, log_rows == -math.inf
+    # Passes that would change nothing. On other devices to find out would synchronise.
+    plain = input.is_cpu and factor.ndim == 0 and factor.item() == 1
+    alive = input.is_cpu and not dead.any().item()
     for piece in pieces(input):
         exact = input.dtype == log_rows.dtype
         logits = input[piece].to(log_rows.dtype)
-        out = gradient[piece] if exact else torch.empty_like(logits)
+        out = gradient[piece] if exact else logits
         torch.add(log2_rows[piece], logits, alpha=LOG2E, out=out).exp2_()
-        out.mul_(factor[piece] if factor.ndim else factor)
-        out.scatter_add_(1, labels[piece], at_label[piece]).masked_fill_(dead[piece], 0)
+        if not plain:
+            out.mul_(factor[piece] if factor.ndim else factor)
+        out.scatter_add_(1, labels[piece], at_label[piece])
+        if not alive:
+            out.masked_fill_(dead[piece], 0)
         if not exact:
             gradient[piece] = out
     return gradient
@@ -368,6 +440,6 @@ def _differentiable(call: Call, settled: Settled, input: Tensor, grad: Tensor) -
     wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         logits = input if wanted else input.detach().requires_grad_()
-        value = call.definition(logits, settled)
+        value = call.definition(logits, call, settled)
         (gradient,) = torch.autograd.grad(value, logits, grad, create_graph=wanted)
     return gradient

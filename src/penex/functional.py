@@ -8,7 +8,6 @@ Source: Kladny, Schölkopf, Muehlebach, "PENEX: AdaBoost-Inspired Neural Network
 arXiv 2510.02107. What the docstrings mark "(derived)" is not in the paper.
 """
 
-import functools
 import math
 
 import torch
@@ -336,65 +335,48 @@ def penalized(
     huberization: float | None,
 ) -> Tensor:
     """:func:`penex_loss` with any rule for the penalty; :class:`penex.PENEX` calls it too."""
-    log_threshold = _log_threshold(huberization)
     shape = input, reduction
     input, target = validate(input, target, weight, ignore_index)
-
-    definition = functools.partial(
-        _defined,
-        target=target,
-        alpha=alpha,
-        penalty=penalty,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        log_threshold=log_threshold,
-    )
-    if not _eager.applies(input):
-        return _as_asked(definition(input), *shape)
+    threshold = _log_threshold(huberization)
     call = _eager.Call(
-        target if target.is_floating_point() else labels_of(target, input, ignore_index),
+        target,
         alpha,
+        penalty,
         weight,
         ignore_index,
-        label_smoothing,
-        log_threshold,
         reduction,
-        penalty,
-        definition,
+        label_smoothing,
+        threshold,
+        _defined,
     )
+    if not _eager.applies(input):
+        return _as_asked(_defined(input, call), *shape)
+    if not target.is_floating_point():
+        call.target = labels_of(target, input, ignore_index)
     try:
         value = _eager.loss(input, call)
     except (IndexError, RuntimeError) as error:
         refuse_labels(target, input, ignore_index, error)
         raise
-    return _as_asked(definition(input) if value is None else value, *shape)
+    return _as_asked(_defined(input, call) if value is None else value, *shape)
 
 
-def _defined(
-    logits: Tensor,
-    settled: Settled | None = None,
-    *,
-    target: Tensor,
-    alpha: float,
-    penalty: Penalty,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    log_threshold: float | None,
-) -> Tensor:
+def _defined(logits: Tensor, call: _eager.Call, settled: Settled | None = None) -> Tensor:
     """The loss of `logits` by the definition, with what was settled before or by the rule."""
     batch = prepare(
-        logits, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
+        logits,
+        call.target,
+        weight=call.weight,
+        ignore_index=call.ignore_index,
+        label_smoothing=call.label_smoothing,
     )
     if settled is None:
-        sums = penalty_sums(batch, alpha, log_threshold) if penalty.needs_sums else None
-        settled = penalty.settle(sums, batch.denominator)
-    divisor = settled.divisor() if reduction == "mean" else 1.0
-    rows = penex_rows(batch, alpha, settled.log_penalty, log_threshold, divisor)
-    return rows if reduction == "none" else rows.sum()
+        needed = call.penalty.needs_sums
+        sums = penalty_sums(batch, call.alpha, call.log_threshold) if needed else None
+        settled = call.penalty.settle(sums, batch.denominator)
+    divisor = settled.divisor() if call.reduction == "mean" else 1.0
+    rows = penex_rows(batch, call.alpha, settled.log_penalty, call.log_threshold, divisor)
+    return rows if call.reduction == "none" else rows.sum()
 
 
 def penalty_sums(batch: Batch, alpha: float, log_threshold: float | None) -> PenaltySums:
