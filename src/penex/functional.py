@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penex import _eager
+from penex._fast import applies, fast_loss
 from penex._inputs import (
     Batch,
     check_options,
@@ -36,6 +36,7 @@ from penex._penalty import (
     Settled,
     check_penalty_bounds,
 )
+from penex._robust import Call
 
 __all__ = [
     "confidence_penalty_loss",
@@ -338,7 +339,7 @@ def penalized(
     shape = input, reduction
     input, target = validate(input, target, weight, ignore_index)
     threshold = _log_threshold(huberization)
-    call = _eager.Call(
+    call = Call(
         target,
         alpha,
         penalty,
@@ -349,19 +350,19 @@ def penalized(
         threshold,
         _defined,
     )
-    if not _eager.applies(input):
-        return _as_asked(_defined(input, call), *shape)
-    if not target.is_floating_point():
-        call.target = labels_of(target, input, ignore_index)
-    try:
-        value = _eager.loss(input, call)
-    except (IndexError, RuntimeError) as error:
-        refuse_labels(target, input, ignore_index, error)
-        raise
+    value = None
+    if applies(input):
+        if not target.is_floating_point():
+            call.target = labels_of(target, input, ignore_index)
+        try:
+            value = fast_loss(input, call)
+        except (IndexError, RuntimeError) as error:
+            refuse_labels(target, input, ignore_index, error)
+            raise
     return _as_asked(_defined(input, call) if value is None else value, *shape)
 
 
-def _defined(logits: Tensor, call: _eager.Call, settled: Settled | None = None) -> Tensor:
+def _defined(logits: Tensor, call: Call, settled: Settled | None = None) -> Tensor:
     """The loss of `logits` by the definition, with what was settled before or by the rule."""
     batch = prepare(
         logits,

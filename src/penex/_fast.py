@@ -1,7 +1,7 @@
-r"""PENEX in eager mode: value and gradient in few passes over the logits.
+r"""PENEX in few passes over the logits.
 
-:func:`penex.functional.penex_rows` is the definition, and what compilers, function transforms and
-higher derivatives get; the tests hold this module to it. Here every operation on all N x K numbers
+:func:`penex.functional.penex_rows` is the definition, and what function transforms and higher
+derivatives get; the tests hold everything else to it. Here each operation on all N x K numbers
 counts: there are few, they work on pieces that stay in the cache, and no more memory is taken than
 the gradient needs. The gradient is separable over classes,
 
@@ -11,87 +11,51 @@ the gradient needs. The gradient is separable over classes,
 so the exponentials of the value are, up to a factor for each row, the gradient.
 
 :class:`_Plain` makes use of that on the CPU: it sums :math:`e^f` as it is and keeps it, and
-:class:`_Dense` does the same for soft targets. What could overflow or lose digits that way is
-left to :func:`robust_loss`, which shifts each row by its maximum, computes the exponentials of the
-gradient anew, and never synchronises; or, for soft targets, to the definition.
+:class:`_Dense` does the same for soft targets. What could overflow or lose digits that way is left
+to :mod:`penex._robust`, which also serves other devices and compilers; or, for soft targets, to the
+definition.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from penex import _robust
 from penex._inputs import smooth, weighted
-from penex._penalty import Penalty, PenaltySums, Settled
+from penex._penalty import Settled
+from penex._robust import (
+    LOG2E,
+    Call,
+    compiled_loss,
+    computed_in,
+    differentiable,
+    gradient,
+    looked_into,
+    pieces,
+    robust_loss,
+)
 
-LOG2E = 1 / math.log(2)
-"""e^x is taken as 2^(x LOG2E): torch's exp2 is the faster one on the CPU, see benchmarks."""
-PIECE = 1 << 19
-"""Logits worked on at a time, few enough to stay in the cache."""
 SMALL = 1 << 15
 """So few logits that memory does not matter."""
 SAFE = 1e30
 """Between 1 / SAFE and SAFE nothing was lost to overflow or underflow that float32 could show."""
 
-_DENSE = torch._C.DispatchKey.Dense  # what a tensor that stands for a batch of them lacks
-
 
 def applies(input: Tensor) -> bool:
-    """Whether this is a plain call in eager mode, which only autograd's backward looks into."""
+    """Whether autograd's backward is all that will look into this call."""
     return (
-        not torch.compiler.is_compiling()
-        and type(input) in (Tensor, torch.nn.Parameter)
+        type(input) in (Tensor, torch.nn.Parameter)
         and not input.is_meta
         and input.numel() > 0
-        and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
     )
 
 
-@dataclass(slots=True)
-class Call:
-    """What is asked of a batch, in the form that :func:`penex._inputs.validate` lets through."""
-
-    target: Tensor
-    """Class indices, (N, d1, ...), or one-hot labels or class probabilities, (N, K, d1, ...)."""
-    alpha: float
-    penalty: Penalty
-    weight: Tensor | None
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-    log_threshold: float | None
-    """Where huberization sets in, as a logarithm."""
-    definition: Callable[[Tensor, "Call", Settled], Tensor]
-    """The loss of logits with what was settled, differentiable any number of times."""
-
-    def all_kept(self) -> bool:
-        """Whether no row is ignored. To be asked on the CPU, where looking costs little."""
-        if self.ignore_index < 0:
-            return self.target.min().item() >= 0
-        return not (self.target == self.ignore_index).any().item()
-
-    def rows(self, dtype: torch.dtype, all_kept: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Labels to gather with, and w_y, zero for ignored rows; both (N, 1, d1, ...).
-
-        If all rows are known to be kept, None stands for weights that are all one.
-        """
-        labels = self.target.unsqueeze(1)
-        weight = None if self.weight is None else self.weight.to(dtype)
-        if all_kept:
-            return labels, None if weight is None else weight.take(labels)
-        keep = labels != self.ignore_index
-        labels = labels.where(keep, 0)
-        return labels, keep.to(dtype) if weight is None else weight.take(labels).mul_(keep)
-
-
-def loss(input: Tensor, call: Call) -> Tensor | None:
+def fast_loss(input: Tensor, call: Call) -> Tensor | None:
     """The loss of `input`, (N, K, d1, ...), of any dtype; None: only by the definition.
 
     Integer targets in `call` are class indices.
@@ -102,6 +66,10 @@ def loss(input: Tensor, call: Call) -> Tensor | None:
     if call.target.requires_grad or (call.weight is not None and call.weight.requires_grad):
         return None  # here gradients are for the logits alone
     soft = call.target.is_floating_point() or call.label_smoothing > 0
+    if torch.compiler.is_compiling():
+        return None if soft else compiled_loss(input, call)
+    if forward_ad._current_level >= 0:
+        return None
     if (
         input.is_cpu
         and call.reduction != "none"
@@ -122,10 +90,6 @@ def _constant(value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-def _computed_in(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
 # The plain way, on the CPU: e^f as it is.
 
 
@@ -142,7 +106,7 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, call: Call) -> Tensor:
-        labels, mass = call.rows(_computed_in(input), call.all_kept())
+        labels, mass = call.rows(computed_in(input), call.all_kept())
         true = input.gather(1, labels)
         if true.dtype.itemsize < 4:
             true = true.float()
@@ -166,8 +130,8 @@ class _Plain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         input, labels, mass = ctx.saved_tensors
-        if _looked_into(grad):
-            return _differentiable(ctx.call, _settled(ctx, input), input, grad), None
+        if looked_into(grad):
+            return differentiable(ctx.call, _settled(ctx, input), input, grad), None
         powers, ctx.powers = ctx.powers, None
         share = grad.item() / ctx.divisor
         exponential, factor = ctx.exponential, ctx.rho * share
@@ -178,17 +142,17 @@ class _Plain(torch.autograd.Function):
             log_rows = torch.zeros_like(exponential) if mass is None else mass.log()
             log_rows += math.log(abs(factor)) if factor else -math.inf
             sign = torch.full_like(grad, math.copysign(1.0, factor))
-            return _gradient(input, labels, log_rows, sign, at_label), None
+            return gradient(input, labels, log_rows, sign, at_label), None
 
         factor = factor if mass is None else mass * factor
         if powers is not None:  # they become the gradient
             return powers.mul_(factor).scatter_add_(1, labels, at_label).to(input.dtype), None
-        gradient = torch.empty_like(input)
+        result = torch.empty_like(input)
         for piece in pieces(input):
             part = _powers(input[piece])
             part.mul_(factor if mass is None else factor[piece])
-            gradient[piece] = part.scatter_add_(1, labels[piece], at_label[piece])
-        return gradient, None
+            result[piece] = part.scatter_add_(1, labels[piece], at_label[piece])
+        return result, None
 
 
 def _sum_powers(input: Tensor, mass: Tensor | None, keep: bool) -> tuple[float, Tensor | None]:
@@ -197,7 +161,7 @@ def _sum_powers(input: Tensor, mass: Tensor | None, keep: bool) -> tuple[float, 
     Those of half precision are kept in small batches alone: in float32, to be rounded once.
     """
     keep = keep and (input.dtype.itemsize >= 4 or input.numel() <= SMALL)
-    if input.numel() <= PIECE:
+    if input.numel() <= _robust.PIECE:
         powers = _powers(input)
         return _total(powers, mass), powers if keep else None
     kept = torch.empty_like(input) if keep else None
@@ -223,7 +187,7 @@ class _Mass:
     """m_ik = w_k q_ik, the masses of soft targets, never all of them at a time."""
 
     def __init__(self, input: Tensor, call: Call) -> None:
-        dtype = _computed_in(input)
+        dtype = computed_in(input)
         self.target, self.smoothing = call.target, call.label_smoothing
         self.weight = self.keep = self.own = None
         classes, all_classes = input.shape[1], float(input.shape[1])
@@ -290,17 +254,17 @@ class _Dense(torch.autograd.Function):
         ctx.save_for_backward(input, call.target)
         ctx.divisor = mass.denominator if call.reduction == "mean" else 1.0
         ctx.powers, ctx.call, ctx.mass, ctx.rho = powers, call, mass, rho
-        return torch.scalar_tensor((sum_a + rho * sum_s) / ctx.divisor, dtype=_computed_in(input))
+        return torch.scalar_tensor((sum_a + rho * sum_s) / ctx.divisor, dtype=computed_in(input))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         input, _ = ctx.saved_tensors
         call, mass = ctx.call, ctx.mass
-        share = 0.0 if _looked_into(grad) else grad.item() / ctx.divisor
+        share = 0.0 if looked_into(grad) else grad.item() / ctx.divisor
         if not 1 / SAFE < abs(share) * ctx.rho <= 1:
-            return _differentiable(call, _settled(ctx, input), input, grad), None
+            return differentiable(call, _settled(ctx, input), input, grad), None
         powers, ctx.powers = ctx.powers, None
-        gradient = powers if powers is not None else torch.empty_like(input)
+        result = powers if powers is not None else torch.empty_like(input)
         for piece in pieces(input):
             part = _powers(input[piece]) if powers is None else powers[piece]
             total = 1.0 if mass.total is None else mass.total[piece]
@@ -311,135 +275,10 @@ class _Dense(torch.autograd.Function):
             if at_label is not None:
                 part.scatter_add_(1, mass.labels[piece], at_label.mul_(-call.alpha * share))
             if powers is None:
-                gradient[piece] = part
-        return gradient.to(input.dtype), None
+                result[piece] = part
+        return result.to(input.dtype), None
 
 
 def _settled(ctx: Any, input: Tensor) -> Settled:
-    divisor = torch.tensor(ctx.divisor, dtype=_computed_in(input), device=input.device)
+    divisor = torch.tensor(ctx.divisor, dtype=computed_in(input), device=input.device)
     return Settled(math.log(ctx.rho), divisor)
-
-
-# The robust way, on every device: each row shifted by its maximum.
-
-
-def robust_loss(input: Tensor, call: Call) -> Tensor:
-    """The loss of any batch, on any device, in any dtype, with any reduction."""
-    alpha, log_threshold = call.alpha, call.log_threshold
-    with torch.no_grad():
-        dtype = _computed_in(input)
-        labels, mass = call.rows(dtype)
-        assert mass is not None  # noqa: S101
-        live, log_mass = mass > 0, mass.log()
-        u = -alpha * input.gather(1, labels).to(dtype)
-        log_slope = u if log_threshold is None else u.clamp(max=log_threshold)
-        log_exponential = log_slope + log_mass
-        if log_threshold is not None:
-            log_exponential = log_exponential + torch.log1p(F.relu(u - log_threshold))
-        log_exponential = log_exponential.masked_fill(~live, -math.inf)
-        log_partition = (_log_partition(input, dtype) + log_mass).masked_fill(~live, -math.inf)
-        sums = PenaltySums.of(log_exponential, log_partition, input.shape[1])
-        settled = call.penalty.settle(sums, mass.sum())
-        log_penalty = settled.log_penalty
-        if call.reduction == "none":
-            value = (log_exponential.exp() + (log_partition + log_penalty).exp()).squeeze(1)
-            log_divisor = torch.zeros((), dtype=dtype, device=input.device)
-        else:
-            mean = call.reduction == "mean"
-            log_divisor = settled.divisor().log() if mean else torch.zeros_like(sums.partition)
-            value = (sums.exponential - log_divisor).exp()
-            value = value + (sums.partition + (log_penalty - log_divisor)).exp()
-        log_rows = log_mass + (log_penalty - log_divisor)
-        log_slope = (log_slope + log_mass - log_divisor).masked_fill(~live, -math.inf)
-    slope = -alpha * log_slope.exp()
-    result: Tensor = _Robust.apply(  # type: ignore[no-untyped-call]
-        input, value, labels, log_rows, slope, call, settled
-    )
-    return result
-
-
-class _Robust(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        value: Tensor,
-        labels: Tensor,
-        log_rows: Tensor,
-        slope: Tensor,
-        call: Call,
-        settled: Settled,
-    ) -> Tensor:
-        ctx.save_for_backward(input, labels, log_rows, slope)
-        ctx.call, ctx.settled = call, settled
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, labels, log_rows, slope = ctx.saved_tensors
-        if _looked_into(grad):
-            return _differentiable(ctx.call, ctx.settled, input, grad), *[None] * 6
-        if grad.ndim:
-            grad = grad.unsqueeze(1)
-        return _gradient(input, labels, log_rows, grad, slope * grad), *[None] * 6
-
-
-def _log_partition(input: Tensor, dtype: torch.dtype) -> Tensor:
-    """log sum_j e^{f_ij}, (N, 1, d1, ...)."""
-    parts = []
-    limits = torch.finfo(dtype)
-    for piece in pieces(input):
-        logits = input[piece].to(dtype)
-        largest = logits.amax(1, keepdim=True).clamp_(limits.min, limits.max)
-        powers = torch.sub(logits, largest).mul_(LOG2E).exp2_()
-        parts.append(powers.sum(1, keepdim=True).log_().add_(largest))
-    return torch.cat(parts)
-
-
-def _gradient(
-    input: Tensor, labels: Tensor, log_rows: Tensor, factor: Tensor, at_label: Tensor
-) -> Tensor:
-    """factor * exp(f + log_rows), plus `at_label` at the labels, rounded to the input's dtype once.
-
-    `factor` is 0-d or has the shape of `log_rows`. Where log_rows is -inf the row is zero.
-    """
-    gradient = torch.empty_like(input)
-    log2_rows, dead = log_rows * LOG2E, log_rows == -math.inf
-    # Passes that would change nothing. On other devices to find out would synchronise.
-    plain = input.is_cpu and factor.ndim == 0 and factor.item() == 1
-    alive = input.is_cpu and not dead.any().item()
-    for piece in pieces(input):
-        exact = input.dtype == log_rows.dtype
-        logits = input[piece].to(log_rows.dtype)
-        out = gradient[piece] if exact else logits
-        torch.add(log2_rows[piece], logits, alpha=LOG2E, out=out).exp2_()
-        if not plain:
-            out.mul_(factor[piece] if factor.ndim else factor)
-        out.scatter_add_(1, labels[piece], at_label[piece])
-        if not alive:
-            out.masked_fill_(dead[piece], 0)
-        if not exact:
-            gradient[piece] = out
-    return gradient
-
-
-def pieces(input: Tensor) -> Iterator[slice]:
-    """The rows of `input` in pieces of about PIECE logits."""
-    step = max(PIECE * len(input) // input.numel(), 1)
-    for start in range(0, len(input), step):
-        yield slice(start, start + step)
-
-
-def _looked_into(grad: Tensor) -> bool:
-    """Whether this backward is itself to be differentiated, or runs for a batch of gradients."""
-    return torch.is_grad_enabled() or not torch._C._dispatch_keys(grad).has(_DENSE)
-
-
-def _differentiable(call: Call, settled: Settled, input: Tensor, grad: Tensor) -> Tensor:
-    """The gradient by differentiating the definition; with a graph of its own if that is wanted."""
-    wanted = torch.is_grad_enabled()
-    with torch.enable_grad():
-        logits = input if wanted else input.detach().requires_grad_()
-        value = call.definition(logits, call, settled)
-        (gradient,) = torch.autograd.grad(value, logits, grad, create_graph=wanted)
-    return gradient

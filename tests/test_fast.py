@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import penex
-from penex import _eager
+from penex import _fast, _robust
 
 SHAPES = [(1, 2), (5, 3), (7, 130), (2, 3, 5), (2, 4, 3, 5)]
 
@@ -19,9 +19,9 @@ SHAPES = [(1, 2), (5, 3), (7, 130), (2, 3, 5), (2, 4, 3, 5)]
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the eager paths calls take."""
     if request.param == "robust":
-        monkeypatch.setattr(_eager, "_safe", lambda *values: False)
+        monkeypatch.setattr(_fast, "_safe", lambda *values: False)
     if request.param == "pieces":
-        monkeypatch.setattr(_eager, "PIECE", 6)
+        monkeypatch.setattr(_robust, "PIECE", 6)
     return request.param
 
 
@@ -34,7 +34,7 @@ def batch(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[T
 
 def by_definition(monkeypatch: pytest.MonkeyPatch, logits: Tensor, target: Tensor, **options):
     with monkeypatch.context() as patch:
-        patch.setattr(_eager, "applies", lambda input: False)
+        patch.setattr(_fast, "applies", lambda input: False)
         loss = penex.penex_loss(logits, target, **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
 
@@ -172,7 +172,7 @@ def test_the_penalty_follows_one_rule_on_both_paths(monkeypatch, mode, training)
         logits, target = batch((5 + seed, 3), torch.float32)
         value = plain(logits, target)
         with monkeypatch.context() as patch:
-            patch.setattr(_eager, "_safe", lambda *values: False)
+            patch.setattr(_fast, "_safe", lambda *values: False)
             torch.testing.assert_close(robust(logits, target), value)
         torch.testing.assert_close(plain.penalty, robust.penalty, equal_nan=True)
 
