@@ -4,7 +4,7 @@ import argparse
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.harness import Results, Skipped, Strict, Timing
 from penex import PENEX
-from penex._eager import LOG2E, pieces
+from penex._robust import LOG2E, pieces
 from penex.losses import ConfidencePenaltyLoss, FocalLoss
 
 SHAPES = [(64, 10), (128, 100), (1024, 1000), (4096, 1000), (1024, 32000), (4, 21, 128, 128)]
 COMPILED = [(64, 10), (1024, 1000), (4096, 1000)]
+SMALL = [(64, 10), (128, 100)]
+"""The shapes at which time goes into calls, not arithmetic."""
 PARTS = [(4096, 1000), (1024, 32000)]
 """The shapes at which single operations are timed."""
 OPTIONS = ("plain", "weight", "ignored", "smoothing", "bfloat16")
@@ -33,7 +35,7 @@ class LossRow(Strict):
     shape: tuple[int, ...]
     option: Literal["plain", "weight", "ignored", "smoothing", "bfloat16"]
     work: Literal["forward", "forward+backward"]
-    how: Literal["eager", "compiled", "operation"]
+    how: Literal["eager", "compiled", "operation", "floor"]
     loss: str
     timing: Timing
     ratio: float | None
@@ -128,6 +130,52 @@ def operations(logits: Tensor) -> dict[str, Callable[[], object]]:
     }
 
 
+class _Nothing(torch.autograd.Function):
+    """A hand-written backward that has nothing to do."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.gradient = torch.empty_like(logits)
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return ctx.gradient
+
+
+class _Bare(torch.autograd.Function):
+    """PENEX's operations on tensors: no option, no check, one dtype, no second backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, constants: tuple[Tensor, ...]) -> Tensor:
+        alpha, log2e = constants
+        labels = target.unsqueeze(1)
+        exponential = logits.gather(1, labels).mul_(-alpha).exp_()
+        powers = torch.mul(logits, log2e).exp2_()
+        sum_a, sum_s = exponential.sum().item(), powers.sum().item()
+        rho = 0.1 * sum_a / sum_s
+        ctx.saved = labels, exponential, powers, rho, alpha
+        return torch.scalar_tensor((sum_a + rho * sum_s) / len(target))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        labels, exponential, powers, rho, alpha = ctx.saved
+        share = grad.item() / len(labels)
+        powers.mul_(rho * share)
+        return powers.scatter_add_(1, labels, exponential.mul_(-alpha * share)), None, None
+
+
+def floor(logits: Tensor, target: Tensor) -> dict[str, Callable[[], object]]:
+    """Below what a small batch cannot go with a backward written in Python."""
+    leaf, constants = logits.detach().requires_grad_(), (torch.tensor(0.1), torch.tensor(LOG2E))
+    return {
+        REFERENCE: call(nn.CrossEntropyLoss(), logits, target, "forward+backward"),
+        "nothing": lambda: torch.autograd.grad(_Nothing.apply(leaf), leaf),
+        "bare": lambda: torch.autograd.grad(_Bare.apply(leaf, target, constants), leaf),
+        "penex running": call(PENEX(), logits, target, "forward+backward"),
+    }
+
+
 def rows(
     times: dict[str, Timing], shape: tuple[int, ...], option: str, work: str, how: str
 ) -> Iterator[LossRow]:
@@ -183,6 +231,14 @@ def parts(shapes: list[tuple[int, ...]], options: argparse.Namespace) -> Iterato
         yield from rows(times, shape, "plain", "forward", "operation")
 
 
+def floors(shapes: list[tuple[int, ...]], options: argparse.Namespace) -> Iterator[LossRow]:
+    for shape in shapes:
+        logits, target = data(shape, "plain", options.device)
+        functions = single_passes(logits) | floor(logits, target)
+        times = harness.compare(functions, options.device, **options.effort)
+        yield from rows(times, shape, "plain", "forward+backward", "floor")
+
+
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--shape", action="append", help="only this shape, such as 64x10")
@@ -196,6 +252,8 @@ def main() -> None:
         shapes = [tuple(map(int, shape.split("x"))) for shape in options.shape]
     found, skipped = list(eager(shapes, options)), []
     found += parts([shape for shape in PARTS if shape in shapes], options)
+    if options.device.type == "cpu":
+        found += floors([shape for shape in SMALL if shape in shapes], options)
     reason = None
     if options.quick:
         reason = "a trial run"

@@ -192,6 +192,21 @@ def operations(results: Results[LossRow]) -> str:
     return table(["Logits", "Operation", "Time", "Passes"], *lines)
 
 
+def floor(results: Results[LossRow]) -> str:
+    names = {
+        REFERENCE: LABELS[REFERENCE],
+        "nothing": "A backward in Python, with nothing in it",
+        "bare": "The same with PENEX's operations on tensors, and nothing else",
+        PENEX: LABELS[PENEX],
+    }
+    lines = [
+        [shape_name(shape), label, duration(rows[name].timing), f"{_ratio(rows[name]):.2f}"]
+        for shape, rows in _find(results, how="floor").items()
+        for name, label in names.items()
+    ]
+    return table(["Logits", "What", "Time", "Ratio"], *lines) if lines else "Not measured here."
+
+
 def compiled(results: Results[LossRow]) -> str:
     lines = []
     for shape, rows in _find(results, how="compiled").items():
@@ -233,6 +248,7 @@ def parts(device: Device) -> dict[str, tuple[str, str]]:
         "situations": ("Modes and options", situations(device.loss)),
         "others": ("Other losses", others(device.loss)),
         "operations": ("Single operations", operations(device.loss)),
+        "floor": ("Small batches", floor(device.loss)),
         "compiled": ("Compiled", compiled(device.loss)),
         "memory": ("Memory", memory(device.memory)),
         "step": ("Training step", step(device.step)),

@@ -173,6 +173,60 @@ def test_function_in_other_dtypes(kind: str, dtype: torch.dtype) -> None:
     assert_same(torch.compile(loss, fullgraph=True, backend="aot_eager"), loss, logits, target)
 
 
+@pytest.mark.parametrize("options", ["plain", "sum", "none"])
+@pytest.mark.parametrize("magnitude", [80.0, 1e4, 6e4])
+def test_extreme_logits_are_as_in_eager_mode(options: str, magnitude: float) -> None:
+    compiled = torch.compile(penex_loss, fullgraph=True, backend="aot_eager")
+    logits, target = batch(6)
+    logits *= magnitude
+    logits[0, 0] = -torch.inf
+    target[0] = 1
+    found = []
+    for loss in (compiled, penex_loss):
+        leaf = logits.clone().requires_grad_()
+        value = loss(leaf, target, penalty=1e-10, **CASES[options])
+        found.append((value, *torch.autograd.grad(value.sum(), leaf)))
+    assert not any(part.isnan().any() for part in found[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)
+
+
+def test_an_ignored_row_may_hold_anything() -> None:
+    compiled = torch.compile(penex_loss, fullgraph=True, backend="aot_eager")
+    logits, target = batch(6)
+    logits[2], target[2] = torch.nan, -100
+    leaf = logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(compiled(leaf, target), leaf)
+    assert gradient.isfinite().all()
+    assert not gradient[2].any()
+
+
+def test_a_label_out_of_range_is_refused() -> None:
+    compiled = torch.compile(penex_loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises((IndexError, RuntimeError), match="index 4 is out of|expected class"):
+        compiled(torch.zeros(2, 4), torch.tensor([0, 4]))
+
+
+def test_second_derivatives_are_refused_and_never_wrong() -> None:
+    for backend in ("aot_eager", "eager"):
+        torch.compiler.reset()
+        compiled = torch.compile(penex_loss, fullgraph=True, backend=backend)
+        logits = torch.randn(3, 4, requires_grad=True)
+        loss = compiled(logits, torch.tensor([0, 1, 2]), penalty=0.3)
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward|does not require grad"):
+            torch.autograd.grad(gradient.sum(), logits)
+
+
+def test_function_transforms_inside_compiled_code() -> None:
+    logits, target = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+
+    def hessian(logits: Tensor) -> Tensor:
+        return torch.func.hessian(lambda f: penex_loss(f, target, penalty=0.3))(logits)
+
+    found = torch.compile(hessian, fullgraph=True, backend="aot_eager")(logits)
+    torch.testing.assert_close(found, hessian(logits))
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_graph_break(mode: str, train: bool) -> None:
