@@ -12,7 +12,7 @@ demo: .venv/.demo  ## Compare five losses on digits (about a minute)
 	$(BIN)/penex compare --out penex-results
 
 test: .venv/.dev  ## The whole test suite, the code blocks of README and docs included
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/.dev  ## Style and types
 	$(BIN)/ruff check .

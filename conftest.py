@@ -26,11 +26,13 @@ def run_commands(example: Example) -> None:
         elif command == "penex":
             from penex.cli import app
 
-            out = [] if "--out" in words else ["--out", f"out-{example.start}-{abs(hash(line))}"]
-            quick = ["--epochs", "2", "--seeds", "2", "--jobs", "1"]
-            if "--tune" in words:
-                quick += ["--tune", "1"]
-            result = CliRunner().invoke(app, [*words, *quick, *out])
+            if words[0] == "compare":
+                if "--out" not in words:
+                    words += ["--out", f"out-{example.start}-{abs(hash(line))}"]
+                words += ["--epochs", "2", "--seeds", "2", "--jobs", "1"]
+                if "--tune" in words:
+                    words += ["--tune", "1"]
+            result = CliRunner().invoke(app, words)
             assert result.exit_code == 0, f"{line}\n{result.output}"
         else:
             raise AssertionError(f"neither make nor penex: {line}")

@@ -67,7 +67,7 @@ def fast_loss(input: Tensor, call: Call) -> Tensor | None:
         return None  # here gradients are for the logits alone
     soft = call.target.is_floating_point() or call.label_smoothing > 0
     if torch.compiler.is_compiling():
-        return None if soft else compiled_loss(input, call)
+        return None if soft or _exporting() else compiled_loss(input, call)
     if forward_ad._current_level >= 0:
         return None
     if (
@@ -82,6 +82,14 @@ def fast_loss(input: Tensor, call: Call) -> Tensor | None:
         except _UnsafeError:
             pass
     return None if soft else robust_loss(input, call)
+
+
+def _exporting() -> bool:
+    """Whether this is traced by torch.export, which wants plain operations.
+
+    Before torch 2.7 that cannot be told from compilation.
+    """
+    return not hasattr(torch.compiler, "is_exporting") or torch.compiler.is_exporting()
 
 
 @functools.lru_cache(16)

@@ -3,12 +3,14 @@
 Nothing heavy is imported here, so that ``penex --help`` answers at once.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from penex._extras import need
 
@@ -21,7 +23,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from penex.compare.config import Config
+    from penex.compare.config import Config, Execution
 
 app = typer.Typer(
     help="Should you still train your classifier with cross-entropy? Ask your own data.",
@@ -34,13 +36,92 @@ app = typer.Typer(
 WIDTH_OF_A_FILE = 120
 
 
+DATA, MODEL, TRAINING, TUNING, MACHINES = (
+    "Data",
+    "Model",
+    "Training",
+    "Tuning",
+    "Where runs are executed",
+)
+
+Jobs = Annotated[
+    int | None, typer.Option(help="Runs at a time, one core each. (default: all cores)", min=1)
+]
+TuneJobs = Annotated[
+    int,
+    typer.Option(
+        help="Trials of one loss at a time; above 1, proposals depend on which ends first.",
+        rich_help_panel=TUNING,
+        min=1,
+    ),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Where trials are kept: sqlite:///FILE, postgresql://..., journal:///FILE. "
+        "Commands that name the same share them. (default: a journal in --out)",
+        rich_help_panel=TUNING,
+    ),
+]
+Backend = Annotated[
+    Literal["local", "ray"],
+    typer.Option(help="Processes of this machine, or a Ray cluster.", rich_help_panel=MACHINES),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="The Ray cluster's: auto on one of its machines, else HOST:PORT or ray://... "
+        "(default: one is started here)",
+        rich_help_panel=MACHINES,
+    ),
+]
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        help="Devices that share one run, on each machine. (default: 1, or as torchrun has it)",
+        rich_help_panel=MACHINES,
+        min=1,
+    ),
+]
+Nodes = Annotated[
+    int | None,
+    typer.Option(
+        help="Machines that share one run, under torchrun. (default: 1, or as torchrun has it)",
+        rich_help_panel=MACHINES,
+        min=1,
+    ),
+]
+Strategy = Annotated[
+    Literal["auto", "ddp", "fsdp"],
+    typer.Option(help="How devices share one run.", rich_help_panel=MACHINES),
+]
+Workers = Annotated[
+    int,
+    typer.Option(help="Processes that load data, for each run.", rich_help_panel=MACHINES, min=0),
+]
+Logger = Annotated[
+    str | None,
+    typer.Option(
+        help="Also log to tensorboard, wandb or both, separated by a comma. (default: no)",
+        rich_help_panel=MACHINES,
+    ),
+]
+
+
+Folders = Annotated[
+    list[Path], typer.Argument(metavar="FOLDER...", help="Output folders of penex compare.")
+]
+
+
 @app.command()
 def compare(
     source: Annotated[
         str | None,
         typer.Argument(
             metavar="DATA",
-            help="Table (.csv, .parquet), arrays X and y (.npz), or one of digits, wine, "
+            help="Table (.csv, .parquet), arrays (.npz), folder of images in a folder for each "
+            "class, hub:OWNER/NAME for a data set of the Hugging Face hub, or one of digits, wine, "
             "breast_cancer, iris. Default: digits with 300 training rows.",
             show_default=False,
         ),
@@ -75,9 +156,7 @@ def compare(
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the training rows. (default: 100)")
     ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Learning rate of Adam. (default: 0.001)")
-    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. (default: 0.001)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per step. (default: 64)")] = None,
     tune: Annotated[
         int | None,
@@ -87,16 +166,160 @@ def compare(
             "trials each. (default: 0)",
         ),
     ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(help="Runs at a time, one core each. (default: all cores)", min=1)
-    ] = None,
+    jobs: Jobs = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results; an unfinished comparison there continues.")
     ] = Path("penex-results"),
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file of settings; options given here override it."),
+        typer.Option(
+            help="YAML file of settings, also those that have no option; options override it."
+        ),
     ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Column of a table that holds a text to classify.", rich_help_panel=DATA),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes to keep, separated by commas. (default: all)", rich_help_panel=DATA
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the files of the data set, instead of a download.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    parts: Annotated[
+        Literal["given", "test", "validation-as-test", "drawn"] | None,
+        typer.Option(
+            help="Parts of the data set that are used as given: all, or the test part alone, or "
+            "validation as test, or none. (default: given)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    validation_size: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of validation rows among training and validation rows. (default: 0.2)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    test_size: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of test rows among all rows. (default: 0.25)", rich_help_panel=DATA
+        ),
+    ] = None,
+    noise: Annotated[
+        Literal["other", "uniform"] | None,
+        typer.Option(
+            help="A wrong label is another class; or any class, in validation rows too. "
+            "(default: other)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Height and width to resize images to. (default: as they are)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            help="Random changes to training images, separated by commas: flip, crop, "
+            "resized-crop, rotate. (default: none)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="mlp, convnet, vit, vit-b-16, transformer, timm:NAME, transformers:NAME, or your "
+            "own MODULE:FUNCTION. (default: what suits the data)",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    hidden: Annotated[
+        str | None,
+        typer.Option(
+            help="Widths of the hidden layers of mlp, separated by commas. (default: 128,128)",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    optimizer: Annotated[
+        Literal["adam", "adamw", "sgd"] | None,
+        typer.Option(help="Which optimiser trains. (default: adam)", rich_help_panel=TRAINING),
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(help="Weight decay of the optimiser. (default: 0)", rich_help_panel=TRAINING),
+    ] = None,
+    schedule: Annotated[
+        Literal["constant", "cosine"] | None,
+        typer.Option(
+            help="Course of the learning rate. (default: constant)", rich_help_panel=TRAINING
+        ),
+    ] = None,
+    warmup_epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Epochs in which the learning rate rises from 0. (default: 0)",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    gradient_clip: Annotated[
+        float | None,
+        typer.Option(help="Largest norm of the gradient. (default: any)", rich_help_panel=TRAINING),
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(help="Batches to an optimiser step. (default: 1)", rich_help_panel=TRAINING),
+    ] = None,
+    precision: Annotated[
+        Literal["32-true", "16-mixed", "bf16-mixed"] | None,
+        typer.Option(
+            help="Numbers of the network's arithmetic. (default: 32-true)",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the network by torch.compile. (default: no)",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    tune_lr: Annotated[
+        bool | None,
+        typer.Option(
+            "--tune-lr/--no-tune-lr",
+            help="Whether --tune includes the learning rate. (default: yes)",
+            rich_help_panel=TUNING,
+        ),
+    ] = None,
+    tune_at: Annotated[
+        Literal["best", "last"] | None,
+        typer.Option(
+            help="Epoch whose validation NLL --tune goes by. (default: best)",
+            rich_help_panel=TUNING,
+        ),
+    ] = None,
+    tune_jobs: TuneJobs = 1,
+    storage: Storage = None,
+    backend: Backend = "local",
+    address: Address = None,
+    devices: Devices = None,
+    nodes: Nodes = None,
+    strategy: Strategy = "auto",
+    workers: Workers = 0,
+    logger: Logger = None,
 ) -> None:
     """Train a classifier with each loss and say which one your data prefers.
 
@@ -106,44 +329,320 @@ def compare(
     """
     console = _console()
     with _refusals(console):
-        if source is not None and data is not None:
-            from penex.compare.errors import CompareError
+        from penex.compare.errors import CompareError
 
+        if source is not None and data is not None:
             raise CompareError(f"data: given twice, as {source!r} and as --data {data!r}")
+        execution = _execution(
+            jobs=jobs,
+            backend=backend,
+            address=address,
+            devices=devices,
+            nodes=nodes,
+            strategy=strategy,
+            workers=workers,
+            loggers=_words(logger),
+            storage=storage,
+            tune_jobs=tune_jobs,
+        )
         from penex.compare.config import configure
 
         settings = configure(
             config,
             data=data if source is None else source,
+            data_dir=None if data_dir is None else str(data_dir),
             target=target,
-            losses=None if losses is None else [name.strip() for name in losses.split(",")],
-            seeds=seeds,
+            text=text,
+            classes=_words(classes),
+            parts=parts,
             train_size=train_size,
+            validation_size=validation_size,
+            test_size=test_size,
             label_noise=label_noise,
+            noise=noise,
+            image_size=image_size,
+            augment=_words(augment),
+            model=model,
+            hidden=_words(hidden),
+            losses=_words(losses),
+            seeds=seeds,
             epochs=epochs,
             lr=lr,
             batch_size=batch_size,
+            accumulate=accumulate,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            warmup_epochs=warmup_epochs,
+            gradient_clip=gradient_clip,
+            precision=precision,
+            compile=compile,
             tune=tune,
+            tune_lr=tune_lr,
+            tune_at=tune_at,
         )
         _announce(console, settings, out)
 
-        import joblib
-
         from penex.compare.display import Display
+        from penex.compare.ranks import leads
         from penex.compare.runner import compare as run
 
-        run(settings, out, jobs=jobs or joblib.cpu_count(), display=Display(console))
-        _report(console, out)
+        run(settings, out, execution=execution, display=Display(console))
+        if leads():
+            _report(console, out)
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Output folder of penex compare.")],
+    folders: Folders,
+    out: Annotated[Path, typer.Option(help="Folder for the page of several comparisons.")] = Path(
+        "penex-report"
+    ),
 ) -> None:
-    """Rebuild tables and report.html from the saved files of a comparison, finished or not."""
+    """Rebuild tables and report.html from the saved files of a comparison, finished or not.
+
+    Several comparisons are merged into one page, report.html in --out, with their table as
+    table.tex and table.md.
+    """
     console = _console()
     with _refusals(console):
+        if len(folders) == 1:
+            _report(console, folders[0])
+        else:
+            _merge(console, folders, out)
+
+
+@app.command()
+def figures(
+    folders: Folders,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A figure to draw, may be repeated: curves, alpha-sweep, gradient-norm, "
+            "calibration-strength, error-histogram, reliability, margins, qualitative, runtime, "
+            "robustness, binary-loss, decision-regions. (default: all)",
+            show_default=False,
+        ),
+    ] = None,
+    format: Annotated[Literal["png", "svg", "pdf"], typer.Option(help="Of the files.")] = "png",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the figures. (default: figures in FOLDER, or in penex-report)",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Draw figures of comparisons, several in one figure, from their saved files."""
+    console = _console()
+    with _refusals(console):
+        from penex.compare import figures as drawing
+
+        into = out or (folders[0] if len(folders) == 1 else Path("penex-report")) / "figures"
+        names = drawing.names(only or [])
+        comparisons = drawing.gather(folders)
+        for name in names:
+            path = into / f"{name}.{format}"
+            try:
+                drawing.save(name, comparisons, path)
+            except drawing.NothingToShowError as error:
+                if only:
+                    raise
+                console.print(f"{name} left out: {error}", style="dim", soft_wrap=True)
+            else:
+                console.print(str(path), soft_wrap=True)
+
+
+@app.command()
+def attack(
+    folder: Annotated[Path, typer.Argument(help="Output folder of penex compare.")],
+    linf: Annotated[
+        str, typer.Option(help="Radii in L∞, separated by commas; none if empty.")
+    ] = "1/255,2/255,4/255",
+    l2: Annotated[
+        str, typer.Option(help="Radii in L2, separated by commas; none if empty.")
+    ] = "0.25,0.5",
+    rows: Annotated[
+        int, typer.Option(help="Test rows to attack, the same for every loss.", min=1)
+    ] = 1000,
+) -> None:
+    """Attack the networks of a comparison: accuracy on test rows that an adversary changes.
+
+    Radii are of pixels on the scale [0, 1]; of standardised features where the data are numbers.
+    Results go to robustness.json in FOLDER, and into its report. Stop at any time; the same command
+    continues.
+    """
+    console = _console()
+    with _refusals(console):
+        from penex.compare import robustness
+
+        radii = {"linf": robustness.radii(linf), "l2": robustness.radii(l2)}
+        robustness.attack(folder, radii=radii, rows=rows, say=console.print)
         _report(console, folder)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="The preset, one of those that --list shows.", show_default=False),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--list", help="Show the presets and what they cost, and stop.")
+    ] = False,
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke", help="Try it on a slice, in seconds; data that is missing is made up."
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results. (default: penex-reproduce/NAME)"),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the files of the data set, or with a folder of them by its name, "
+            "instead of a download."
+        ),
+    ] = None,
+    losses: Annotated[
+        str | None,
+        typer.Option(
+            help="Only these of the preset's losses, separated by commas.", show_default=False
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs per loss. (default: the preset's)")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training rows. (default: the preset's)")
+    ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="First tune the learning rate of every loss, with N trials each, which the "
+            "published protocol does not. (default: 0)",
+        ),
+    ] = None,
+    jobs: Jobs = None,
+    storage: Storage = None,
+    tune_jobs: TuneJobs = 1,
+    backend: Backend = "local",
+    address: Address = None,
+    devices: Devices = None,
+    nodes: Nodes = None,
+    strategy: Strategy = "auto",
+    workers: Workers = 0,
+    logger: Logger = None,
+) -> None:
+    """Run an experiment of the paper, and show its numbers beside the published ones.
+
+    The published protocol is kept, and what is fairer stands beside it: the best epoch, temperature
+    scaling, several seeds, and with --tune a learning rate tuned for every loss. Stop at any time;
+    the same command continues.
+    """
+    console = _console()
+    with _refusals(console):
+        from penex.compare.errors import CompareError
+        from penex.compare.presets import NAMES, preset
+
+        if show:
+            _list(console)
+            return
+        if name is None:
+            raise CompareError(f"reproduce: name a preset, one of {', '.join(NAMES)}")
+        facts = preset(name)
+        execution = _execution(
+            jobs=jobs,
+            backend=backend,
+            address=address,
+            devices=devices,
+            nodes=nodes,
+            strategy=strategy,
+            workers=workers,
+            loggers=_words(logger),
+            storage=storage,
+            tune_jobs=tune_jobs,
+        )
+        folder = Path("penex-reproduce") / name if out is None else out
+
+        from penex.compare.display import Display
+        from penex.compare.reproduce import reproduce as run
+
+        configs = facts.configs(
+            smoke=smoke, losses=_words(losses), seeds=seeds, epochs=epochs, tune=tune
+        )
+        console.print(f"{facts.title} (paper: {facts.paper}); results in {folder}", soft_wrap=True)
+        for experiment, config in configs.items():
+            _announce(console, config, folder / experiment)
+        results = run(
+            name,
+            configs,
+            folder,
+            smoke=smoke,
+            data_dir=data_dir,
+            execution=execution,
+            display=Display(console),
+        )
+        if results:
+            _reproduced(console, folder, results)
+
+
+def _list(console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from penex.compare.presets import NAMES, preset
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("Name", "Experiment"):
+        table.add_column(title)
+    for title in ("Runs", "Epochs", "Million steps"):
+        table.add_column(title, justify="right")
+    for name in NAMES:
+        facts = preset(name)
+        configs = facts.configs()
+        runs = sum(len(config.losses) * config.seeds for config in configs.values())
+        epochs = sorted({config.epochs for config in configs.values()})
+        steps = sum(facts.steps(experiment, config) for experiment, config in configs.items())
+        table.add_row(
+            name, facts.title, str(runs), "–".join(map(str, epochs)), f"{steps / 1e6:.3f}"
+        )
+    console.print(table)
+
+
+def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, Any]]") -> None:
+    from penex.compare import tables
+    from penex.compare.analysis import EPOCHS
+    from penex.compare.reproduce import FILE
+    from penex.compare.store import read_json
+
+    for experiment, each in results.items():
+        console.print(f"{experiment}: {tables.caption(each)}")
+        for epoch in EPOCHS:
+            console.print(tables.terminal(each, epoch, console.width))
+            console.print()
+    console.print(tables.LEGEND, style="dim")
+    record = read_json(folder / FILE)
+    if record["smoke"]:
+        console.print("A smoke run: that it ends is all that its numbers say.")
+    for each in results.values():
+        for row in tables.published(each):
+            console.print(
+                f"{row.label}, {row.metric}, {row.epoch.lower()}: {row.ours} (published: "
+                f"{row.published}; {row.source})"
+            )
+    console.print("Where this differs from the paper:")
+    for deviation in record["deviations"]:
+        console.print(f"- {deviation}")
+    for figure, drawn in record["figures"].items():
+        console.print(f"Figure {figure}: {drawn}", soft_wrap=True)
+    page = folder if len(results) > 1 else folder / next(iter(results))
+    console.print(f"Report: {page / 'report.html'}", soft_wrap=True)
 
 
 def main() -> None:
@@ -151,7 +650,33 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # "?" for ± where the encoding lacks it
+    # What ends a job on a cluster ends it as Ctrl-C does: nothing half-written, no process left.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",")]
+
+
+def _execution(**options: Any) -> "Execution":
+    """Where runs are executed; if several devices are to share one, under torchrun from here on.
+
+    Options that are None take the default, or what torchrun has decided.
+    """
+    from penex.compare.config import Execution
+    from penex.compare.errors import CompareError
+    from penex.compare.ranks import machines, start
+
+    given = {name: value for name, value in options.items() if value is not None}
+    devices, nodes = machines()
+    execution = Execution(**({"jobs": None, "devices": devices, "nodes": nodes} | given))
+    for name in execution.loggers:
+        if name not in ("tensorboard", "wandb"):
+            raise CompareError(f"logger: expected tensorboard or wandb, got {name!r}")
+    if devices * nodes == 1 and execution.devices * execution.nodes > 1:
+        sys.exit(start(execution, ["-m", "penex.cli", *sys.argv[1:]]))
+    return execution
 
 
 def _announce(console: Console, config: "Config", out: Path) -> None:
@@ -177,11 +702,27 @@ def _report(console: Console, folder: Path) -> None:
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
 
+def _merge(console: Console, folders: list[Path], out: Path) -> None:
+    from penex.compare import tables
+    from penex.compare.analysis import EPOCHS
+    from penex.compare.report import merge
+
+    several = merge(folders, out)
+    for epoch in EPOCHS:
+        for table in tables.merged_terminal(several, epoch):
+            console.print(table)
+            console.print()
+    console.print(tables.MERGED_LEGEND, style="dim")
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+
+
 def _console() -> Console:
     # Names of files and folders are printed as they are: no markup, and no line breaks in them.
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = WIDTH_OF_A_FILE
+    if os.environ.get("RANK", "0") != "0":  # torchrun's first process speaks for all
+        console.quiet = True
     return console
 
 
@@ -192,10 +733,18 @@ def _refusals(console: Console) -> Iterator[None]:
 
     try:
         yield
-    except (CompareError, OSError) as error:  # OSError: no permission, no space, no such device
-        errors = Console(stderr=True, markup=False, highlight=False)
+    except (CompareError, OSError, ImportError) as error:
+        # OSError: no permission, no space, no such device. ImportError: `need` names an extra;
+        # ModuleNotFoundError would be a fault of this package.
+        if isinstance(error, ModuleNotFoundError):
+            raise
+        errors = Console(stderr=True, markup=False, highlight=False, quiet=console.quiet)
         errors.print(f"penex: {error}", style="red", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("Stopped. Finished runs are kept; the same command continues.")
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -445,5 +445,5 @@ def _as_asked(value: Tensor, input: Tensor, reduction: str) -> Tensor:
     # Under autocast cross_entropy runs in, and returns, float32: a float16 loss would overflow
     # as soon as a gradient scaler multiplies it.
     device = input.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return value if autocast else value.to(input.dtype)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from penex.compare.config import configure
+from penex.compare.config import Execution, configure
 from penex.compare.display import Display
 from penex.compare.runner import compare
 
 
-def made(folder: Path, **options: Any) -> Path:
+def made(folder: Path, execution: Execution = Execution(), **options: Any) -> Path:  # noqa: B008
     """`folder`, with a comparison of two losses in it: two seeds of three epochs on iris."""
     config = configure(
         **(
@@ -21,7 +21,8 @@ def made(folder: Path, **options: Any) -> Path:
             | options
         )
     )
-    compare(config, folder, jobs=1, display=Display(Console(file=io.StringIO())))
+    display = Display(Console(file=io.StringIO()))
+    compare(config, folder, execution=execution, display=display)
     return folder
 
 

@@ -14,27 +14,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from penex.compare.data import Dataset, load
+import penex.compare.data
+from penex.compare.config import Config
+from penex.compare.data import Dataset
+from penex.compare.dataset import Texts
 from penex.compare.errors import CompareError
-from penex.compare.splits import Split, split
+from penex.compare.splits import Split, draw_rows, split
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("PENEX_DATA", ROOT.parent / "shared" / "data"))
-DEFAULTS: dict[str, Any] = {
-    "seed": 0,
-    "train_size": None,
-    "validation_size": 0.2,
-    "test_size": 0.2,
-    "label_noise": 0.0,
-}
 
 
-def cut(dataset: Dataset, **changes: Any) -> Split:
-    return split(dataset, **(DEFAULTS | changes))
+def load(source: str, target: str | None = None, **options: Any) -> Dataset:
+    return penex.compare.data.load(Config(data=source, target=target, **options))
+
+
+def cut(dataset: Dataset, seed: int = 0, **options: Any) -> Split:
+    return split(dataset, seed=seed, config=Config(**({"test_size": 0.2} | options)))
 
 
 def same(a: Split, b: Split) -> bool:
@@ -232,18 +232,42 @@ def test_npz_keeps_shape(tmp_path: Path) -> None:
     assert [p[0].shape for p in parts(s)] == [(32, 3, 5, 7), (8, 3, 5, 7), (10, 3, 5, 7)]
 
 
+def test_text_column(tmp_path: Path) -> None:
+    texts = ["NA", "12", "Wie, bitte?", "None", " padded ", 'a "quote"'] * 5
+    frame = pd.DataFrame({"id": range(30), "body": texts, "label": ["x", "y"] * 15, "z": None})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.to_parquet(tmp_path / "t.parquet")
+    data = load(str(tmp_path / "t.csv"), "label", text="body")
+    assert isinstance(data.features, Texts)
+    assert data.features.take(range(30)) == texts
+    assert load(str(tmp_path / "t.parquet"), "label", text="body").fingerprint == data.fingerprint
+    s = cut(data)
+    for x, y in parts(s):
+        assert all(texts.index(text) % 2 == label for text, label in zip(x, y, strict=True))
+    with pytest.raises(CompareError, match=r"no column 'Bodi'.*mean 'body'"):
+        load(str(tmp_path / "t.csv"), "label", text="Bodi")
+    with pytest.raises(CompareError, match="the same column, 'label'"):
+        load(str(tmp_path / "t.csv"), "label", text="label")
+    with pytest.raises(CompareError, match="'id' holds integer values, not texts"):
+        load(str(tmp_path / "t.parquet"), "label", text="id")
+    frame.assign(body=[" ", None, *texts[2:]]).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(CompareError, match=r"text in column 'body' is missing in 2 of 30 rows"):
+        load(str(tmp_path / "t.csv"), "label", text="body")
+
+
 # ---- fingerprint -----------------------------------------------------------------------------
 
 
 def test_fingerprint_in_another_process(csv: Path) -> None:
     code = (
         "import sys; from penex.compare.data import load; from penex.compare.splits import split\n"
-        "import hashlib; d = load(sys.argv[1], 'label'); s = split(d, seed=3, train_size=60, "
-        "validation_size=.2, test_size=.2, label_noise=.1)\n"
+        "from penex.compare.config import Config; import hashlib\n"
+        "c = Config(data=sys.argv[1], target='label', test_size=.2, train_size=60)\n"
+        "d = load(c); s = split(d, seed=3, config=c)\n"
         "h = hashlib.sha256()\n"
         "for part in (s.train, s.validation, s.test):\n"
         "    for a in part: h.update(a.tobytes())\n"
-        "print(d.fingerprint, h.hexdigest(), load('iris').fingerprint)"
+        "print(d.fingerprint, h.hexdigest(), load(Config(data='iris')).fingerprint)"
     )
     answers = {
         subprocess.run(
@@ -406,6 +430,77 @@ def test_noise_is_uniform_over_other_classes_and_nested() -> None:
     clean = cut(digits).train[1]
     touched = little != clean
     assert np.array_equal(little[touched], much[touched])
+
+
+def test_uniform_noise_is_the_authors() -> None:
+    """Any class, the true one included, in validation rows as well."""
+    digits = load("digits")
+    moves, validation = np.zeros(10), 0
+    for seed in range(30):
+        clean = cut(digits, seed=seed)
+        noisy = cut(digits, seed=seed, label_noise=0.5, noise="uniform")
+        moves += np.bincount((noisy.train[1] - clean.train[1]) % 10, minlength=10)
+        validation += (noisy.validation[1] != clean.validation[1]).sum()
+        assert np.array_equal(noisy.test[1], clean.test[1])
+    moves[0] -= 30 * (1150 - 575)  # not drawn
+    expected = moves.sum() / 10
+    assert ((moves - expected) ** 2 / expected).sum() < 27.9  # chi-square, 9 dof, p = 0.001
+    drawn = 30 * 144
+    assert abs(validation - 0.9 * drawn) < 4 * np.sqrt(0.09 * drawn)
+
+
+@given(
+    counts=st.lists(st.integers(4, 40), min_size=2, max_size=6),
+    share=st.floats(0.3, 1),
+    seed=st.integers(0, 100),
+    given_parts=st.sampled_from([("test",), ("validation",), ("validation", "test")]),
+)
+def test_official_parts(
+    counts: list[int], share: float, seed: int, given_parts: tuple[str, ...]
+) -> None:
+    """They are used as they are; the rest is drawn from all other rows, stratified."""
+    k, rng = len(counts), np.random.default_rng(seed)
+    pool = rng.permutation(np.repeat(np.arange(k), counts))
+    official, y = {}, pool
+    for part in given_parts:
+        official[part] = len(y) + np.arange(5)
+        y = np.concatenate([y, rng.integers(0, k, 5)])
+    data = Dataset(
+        "h", np.zeros((len(y), 1), np.float32), y, tuple(map(str, range(k))), "", official
+    )
+    both = len(given_parts) == 2
+    size = max(k, int(share * len(pool))) if both else None
+    config = Config(train_size=size, validation_size=0.3)
+    try:
+        train, validation, test = draw_rows(data, seed, config)
+    except CompareError:  # too few rows for every class to be in what is drawn
+        assume(False)
+    rows = {"train": train, "validation": validation, "test": test}
+    for part in given_parts:
+        assert np.array_equal(rows[part], official[part])
+    drawn = np.concatenate([rows[part] for part in rows if part not in given_parts])
+    assert len(np.unique(drawn)) == len(drawn) == (size if both else len(pool))
+    assert drawn.max() < len(pool)
+    if both:
+        exact = np.array(counts) * len(drawn) / len(pool)
+        assert (np.abs(np.bincount(y[drawn], minlength=k) - exact) < 1).all()
+    for again, before in zip(draw_rows(data, seed, config), rows.values(), strict=True):
+        assert np.array_equal(again, before)
+
+
+def test_class_subset() -> None:
+    iris = load("iris", classes=("virginica", "setosa"))
+    assert iris.classes == ("setosa", "virginica")
+    assert isinstance(iris.features, np.ndarray)
+    whole = load("iris")
+    assert isinstance(whole.features, np.ndarray)
+    np.testing.assert_array_equal(iris.features, whole.features[[*range(50), *range(100, 150)]])
+    np.testing.assert_array_equal(iris.target, [0] * 50 + [1] * 50)
+    assert iris.fingerprint != whole.fingerprint
+    with pytest.raises(CompareError, match=r"no class 'virginca'.*mean 'virginica'"):
+        load("iris", classes=("virginca", "setosa"))
+    with pytest.raises(CompareError, match=r"at least 2 classes.*'setosa'"):
+        load("iris", classes=("setosa",))
 
 
 def test_arrays_are_ready_for_training(csv: Path) -> None:
@@ -601,7 +696,7 @@ def test_npz_refusals(tmp_path: Path, arrays: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [
-        ("digit", None, r"breast_cancer, digits, iris, wine, or .*\.csv.*mean 'digits'"),
+        ("digit", None, r"breast_cancer, digits, iris, wine, .*or .*\.csv.*mean 'digits'"),
         ("data.xlsx", "y", r"unknown data 'data.xlsx'.*\.parquet"),
         ("nowhere.csv", "y", r"no such file: .*nowhere\.csv"),
         ("nowhere.npz", None, r"no such file: .*nowhere\.npz"),
@@ -671,12 +766,6 @@ def test_parquet_refusals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_noise": 1.0}, r"label_noise must be at least 0 and below 1; got 1\.0"),
-        ({"label_noise": -0.1}, r"label_noise"),
-        ({"label_noise": float("nan")}, r"label_noise"),
-        ({"validation_size": 0.0}, r"validation_size must be between 0 and 1"),
-        ({"test_size": 1.0}, r"test_size must be between 0 and 1"),
-        ({"test_size": float("nan")}, r"test_size must be between"),
         ({"seed": -1}, r"seed must not be negative"),
         ({"train_size": 97}, r"at most 96; got 97"),
         ({"train_size": 2}, r"3 classes.*training part would have 2"),

@@ -1,5 +1,6 @@
 """The report of real, tiny comparisons: what it shows is what was saved, and it stands alone."""
 
+import html
 import json
 import re
 import shutil
@@ -13,11 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from matplotlib.image import imread
 from sklearn.metrics import log_loss
+from typer.testing import CliRunner
 
+from penex import cli
 from penex.compare import plots, report, tables
-from penex.compare.analysis import summarize
+from penex.compare.analysis import curves, summarize
 from penex.compare.errors import CompareError
 from penex.compare.store import read_logits, run_folder
 from penex.metrics import METRICS, ece
@@ -141,9 +145,9 @@ def test_tables_show_what_results_json_holds(copy: Path) -> None:
 
 def test_settings_data_and_versions_are_shown(copy: Path) -> None:
     results, page = written(copy)
-    for name, value in results["config"].items():
-        assert f"{name}:" in page.text
-        assert isinstance(value, list | None) or f"{name}: {value}" in page.text
+    settings = re.search(r"<pre>(.*?)</pre>", page.source, re.DOTALL)
+    assert settings is not None
+    assert yaml.safe_load(html.unescape(settings[1])) == results["config"]
     assert results["data"]["fingerprint"] in page.text
     assert "setosa, versicolor, virginica" in page.text
     for name, version in results["runs"][0]["versions"].items():
@@ -292,6 +296,116 @@ def test_one_seed_and_no_reference(make: Callable[..., Path], tmp_path: Path) ->
     assert {"PENEX α=0.03 ", "PENEX α=0.3 ", "Focal "} <= {row[0] for row in page.rows}
 
 
+# ---- published figures, and several comparisons ----------------------------------------------
+
+
+def publish(folder: Path, *entries: dict[str, Any]) -> None:
+    (folder / "published.json").write_text(json.dumps(list(entries)))
+
+
+def entry(**values: Any) -> dict[str, Any]:
+    told = {"loss": "penex", "metric": "accuracy", "at": "last", "value": 0.5, "source": "Table 1"}
+    return told | values
+
+
+def test_published_figures_stand_beside_ours(copy: Path) -> None:
+    publish(
+        copy,
+        entry(),
+        entry(metric="validation_nll", at="best", value=2.067, source="<i>a figure</i>"),
+        entry(loss="focal"),  # not in this comparison
+    )
+    results, page = written(copy)
+    assert len(results["published"]) == 2
+    runs = [run for run in results["runs"] if run["loss"] == "penex"]
+    ours = [np.mean([run["test"]["last"]["raw"]["accuracy"] for run in runs])]
+    ours.append(np.mean([run["validation_nll"] for run in runs]))
+    first, second = (row for row in page.rows if row[-1].strip() in ("Table 1", "<i>a figure</i>"))
+    assert first[:3] == ["PENEX ", "Accuracy (test) % ", "Last epoch "]
+    assert first[3].startswith(f"{100 * ours[0]:.1f}±")
+    assert first[4] == "50.0 "
+    assert second[:3] == ["PENEX ", "NLL (validation) ", "Best validation epoch "]
+    assert float(second[3].split("±")[0]) == pytest.approx(ours[1], abs=6e-4)
+    assert second[4] == "2.067 "
+    assert "i" not in page.tags
+
+
+def test_validation_nll_is_that_of_the_curve(copy: Path) -> None:
+    for run in report.write(copy)["runs"]:
+        nll = curves(copy, run["loss"], run["seed"])["validation_nll"]
+        assert run["validation"]["last"] == pytest.approx(nll[-1], rel=1e-4)
+        assert run["validation"]["best"] == pytest.approx(run["validation_nll"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"metric": "speed"}, {"at": "first"}, {"value": "high"}, {"loss": 3}, {"metric": None}],
+    ids=str,
+)
+def test_published_figures_that_are_not_understood(copy: Path, wrong: dict[str, Any]) -> None:
+    if "loss" in wrong:
+        publish(copy, {"metric": "nll"})
+    else:
+        publish(copy, entry(**wrong))
+    with pytest.raises(CompareError, match=r"published\.json: an entry is not understood"):
+        report.write(copy)
+
+
+@pytest.fixture
+def several(copy: Path, make: Callable[..., Path], tmp_path: Path) -> list[Path]:
+    """The comparison and one of data, classes and losses with hostile names."""
+    frame = pd.DataFrame({"x": np.arange(45.0) % 7, "y": np.tile(HOSTILE, 15)})
+    path = tmp_path / "<i>50% & $_{x}$.csv"
+    frame.to_csv(path, index=False)
+    losses = ("cross-entropy", "penex=0.5", "focal")
+    options = {"data": str(path), "target": "y", "losses": losses}
+    return [copy, make(tmp_path / "other", **options, seeds=1, epochs=1)]
+
+
+def test_several_on_one_page(several: list[Path], tmp_path: Path) -> None:
+    publish(several[0], entry())
+    out = tmp_path / "merged"
+    results = report.merge(several, out)
+    page = Page(out)
+    assert not {"script", "link", "img", "iframe", "object", "base", "i"} & set(page.tags)
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("href", "xlink:href", "src"):
+            assert str(value).startswith("#")
+    links = re.findall(r"(?:href=\"|url\()#([^\")]+)", page.source)
+    assert len(set(page.ids)) == len(page.ids)
+    assert set(links) <= set(page.ids)
+    titles = tables.titles(results)
+    assert titles[0] == "iris, 90 training rows, 2 seeds"
+    for one, title in zip(results, titles, strict=True):
+        assert [f"{title} "] in page.rows
+        assert page.text.count(title) == 4  # verdict, two tables, section
+        assert report.verdict(one) in page.text
+    assert ["PENEX ", "Accuracy (test) % ", "Last epoch "] in [row[:3] for row in page.rows]
+    # Curves and margins of both, and a reliability diagram of each loss.
+    assert page.tags.count("figure") == 2 * 3 + 2 + 3
+    before = [path.read_bytes() for path in sorted(out.iterdir())]
+    report.merge(several, out)
+    assert [path.read_bytes() for path in sorted(out.iterdir())] == before
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "table.md", "table.tex"]
+    for folder in several:
+        assert not (folder / "report.html").exists()
+
+
+def test_merging_into_a_comparison_is_refused(several: list[Path]) -> None:
+    with pytest.raises(CompareError, match="is a comparison of its own; choose another folder"):
+        report.merge(several, several[1] / ".." / several[1].name)
+
+
+def test_report_command_of_several(several: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    done = CliRunner().invoke(cli.app, ["report", *map(str, several), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "iris, 90 training rows, 2 seeds: best validation epoch" in done.stdout
+    assert f"Report: {out / 'report.html'}" in done.stdout
+    assert (out / "table.md").read_text(encoding="utf-8").startswith("Best validation epoch:")
+
+
 # ---- the verdict -----------------------------------------------------------------------------
 
 
@@ -374,7 +488,7 @@ def test_evidence_is_pooled_from_the_saved_logits(finished: Path) -> None:
     expected = np.log(prob[np.arange(len(target)), target] / others)
     np.testing.assert_allclose(one.margins, np.sort(expected), atol=1e-9)
     # The curve's last point is the NLL of the network whose logits were saved.
-    for run, each, nll in zip(runs, saved, one.nll["validation"], strict=True):
+    for run, each, nll in zip(runs, saved, one.curves["validation_nll"], strict=True):
         last = np.exp(1.1 * each["validation_last"].astype(np.float64))
         prob = last / last.sum(1, keepdims=True)
         assert nll[-1] == pytest.approx(log_loss(each["validation_target"], prob), rel=1e-4)

@@ -22,12 +22,14 @@ from typer.testing import CliRunner
 from penex import cli
 from penex.compare import report
 from penex.compare.analysis import curves
+from penex.compare.config import Config
 from penex.compare.data import load
 from penex.compare.errors import CompareError
-from penex.compare.registry import LOSSES, contender
+from penex.compare.registry import LOSSES, Context, contender
 from penex.compare.splits import split
 from penex.compare.store import read_comparison, read_json, read_logits, run_folder
 
+CONTEXT = Context(num_classes=3, steps_total=6, steps_per_epoch=2)  # of the runs on iris
 Make = Callable[..., Path]
 
 
@@ -116,9 +118,8 @@ def test_every_loss_gets_the_same_weights_and_batches(make: Make, tmp_path: Path
         ):
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     # An epoch is all training rows of the split of this seed, each epoch in another order.
-    rows = split(
-        load("iris"), seed=0, train_size=None, validation_size=0.2, test_size=0.25, label_noise=0
-    ).train[0]
+    config = Config(data="iris")
+    rows = split(load(config), seed=0, config=config).train[0]
     epochs = [torch.cat(reference.batches[start : start + 2]).numpy() for start in (0, 2, 4)]
     for epoch in epochs:
         np.testing.assert_array_equal(np.sort(epoch, axis=0), np.sort(rows, axis=0))
@@ -153,19 +154,12 @@ def test_a_run_says_what_its_logits_say(make: Make, tmp_path: Path) -> None:
         for seed in range(config.seeds):
             where, curve = run_folder(folder, spec, seed), curves(folder, spec, seed)
             record, logits = read_json(where / "run.json"), read_logits(where)
-            assert record["scale"] == contender(spec).loss.scale(record["knob"] or 0.0)
+            assert record["scale"] == contender(spec).loss.scale(record["knob"] or 0.0, CONTEXT)
             np.testing.assert_array_equal(curve["epoch"], range(1, 9))
             best = int(curve["validation_nll"].argmin()) + 1
             assert record["best_epoch"] == best
             best_epochs.add(best)
-            parts = split(
-                load("iris"),
-                seed=seed,
-                train_size=None,
-                validation_size=config.validation_size,
-                test_size=config.test_size,
-                label_noise=config.label_noise,
-            )
+            parts = split(load(config), seed=seed, config=config)
             for part in ("validation", "test"):
                 np.testing.assert_array_equal(logits[f"{part}_target"], getattr(parts, part)[1])
             for name, epoch in (("best", best), ("last", 8)):
@@ -366,7 +360,7 @@ def test_another_configuration_is_refused(
 
 
 def test_data_is_known_by_its_content(make: Make, tmp_path: Path) -> None:
-    iris = load("iris")
+    iris = load(Config(data="iris"))
     paths = [tmp_path / "one.npz", tmp_path / "other.npz"]
     for path in paths:
         np.savez(path, X=iris.features, y=iris.target)

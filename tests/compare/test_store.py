@@ -14,7 +14,7 @@ from penex.compare.config import Config
 from penex.compare.data import load
 from penex.compare.errors import CompareError
 
-IRIS = load("iris")
+IRIS = load(Config(data="iris"))
 CONFIG = Config(data="iris")
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
@@ -241,3 +242,112 @@ def test_caption(results: dict[str, Any], changes: dict[str, Any], caption: str)
     assert tables.caption(changed).endswith(caption)
     unfinished = changed | {"planned_runs": 20}
     assert tables.caption(unfinished).endswith(f"{caption} Unfinished: 15 of 20 runs.")
+
+
+# ---- several comparisons ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(results: dict[str, Any], awkward: dict[str, Any]) -> list[dict[str, Any]]:
+    return [results, awkward]
+
+
+def expected_merged(results: dict[str, Any], epoch: str) -> list[list[str]]:
+    """Label, numbers and bootstrap intervals of every row, formatted here on their own."""
+    lines = []
+    for loss in results["losses"]:
+        line = [loss["label"]]
+        for metric in ("accuracy", "nll", "ece", "brier"):
+            cell = results["summary"][epoch]["raw"][metric][loss["spec"]]
+            runs = [run for run in results["runs"] if run["loss"] == loss["spec"]]
+            low, high = np.mean([run["interval"][epoch][metric] for run in runs], axis=0)
+            factor, digits = (100, 1) if metric == "accuracy" else (1, 3)
+            numbers = (cell["mean"], cell["half_width"], low, high)
+            shown = [f"{factor * number:.{digits}f}" for number in numbers]
+            line.append("{}±{} [{}, {}]".format(*shown))
+        lines.append(line)
+    return lines
+
+
+@pytest.mark.parametrize("epoch", EPOCHS)
+def test_merged_rows(several: list[dict[str, Any]], epoch: str) -> None:
+    blocks = tables.merged(several, epoch)
+    for results, block in zip(several, blocks, strict=True):
+        shown = [
+            [line.label, *(f"{cell.value} {ends}" for cell, ends in zip(*line[1:], strict=True))]
+            for line in block.lines
+        ]
+        assert shown == expected_merged(results, epoch)
+
+
+def test_titles_tell_comparisons_apart(several: list[dict[str, Any]]) -> None:
+    results = several[0]
+    assert tables.titles([results]) == ["iris, 90 training rows, 3 seeds"]
+    assert tables.titles([results, results]) == [
+        "iris, 90 training rows, 3 seeds (1)",
+        "iris, 90 training rows, 3 seeds (2)",
+    ]
+    noisy = results | {"config": results["config"] | {"label_noise": 0.1, "model": "vit"}}
+    assert tables.titles([noisy]) == ["iris, 90 training rows, 10% label noise, vit, 3 seeds"]
+
+
+@pytest.mark.parametrize("epoch", EPOCHS)
+def test_merged_terminal(several: list[dict[str, Any]], epoch: str) -> None:
+    console = Console(width=80, file=io.StringIO())
+    for table in tables.merged_terminal(several, epoch):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "…" not in text
+    words = text.split()
+    for line in expected_merged(several[0], epoch):
+        for cell in line[1:]:
+            value, low, high = cell.split()
+            assert {low, high} <= set(words)
+            assert value in words or f"{value}★" in words
+
+
+@pytest.mark.parametrize("epoch", EPOCHS)
+def test_merged_markdown(several: list[dict[str, Any]], epoch: str) -> None:
+    tokens = MarkdownIt().enable("table").parse(tables.merged_markdown(several, epoch))
+    cells = [token.children or [] for token in tokens if token.type == "inline"]
+    texts = ["".join(child.content for child in cell) for cell in cells]
+    assert texts[:2] == ["Data", "Loss"]
+    rows = [texts[n : n + 6] for n in range(6, len(texts), 6)]
+    lines = [line for results in several for line in expected_merged(results, epoch)]
+    assert [[row[1], *(cell.replace(" ★", "") for cell in row[2:])] for row in rows] == lines
+    assert rows[0][0] == "iris, 90 training rows, 3 seeds"
+
+
+def test_merged_latex(several: list[dict[str, Any]]) -> None:
+    code = [line for line in tables.merged_latex(several).splitlines() if line[0] != "%"]
+    assert code[0] == "\\begin{tabular}{lrrrr}"
+    assert code[-1] == "\\end{tabular}"
+    header, *body = [cells(line) for line in code if re.search(r"(?<!\\)&", line)]
+    assert [plain(cell) for cell in header] == ["Loss", *tables.merged_header()]
+    shown = []
+    for label, *numbers in body:
+        parts = [re.fullmatch(r"(.*) \{\\small (.*)\}", cell) for cell in numbers]
+        shown.append([plain(label), *(f"{plain(part[1])} {part[2]}" for part in parts if part)])
+    assert shown == [
+        line for epoch in EPOCHS for results in several for line in expected_merged(results, epoch)
+    ]
+    titles = [
+        match[1] for line in code if (match := re.match(r"\\multicolumn\{5\}\{l\}\{(.*)\} ", line))
+    ]
+    assert len(titles) == 4
+    assert plain(titles[1]).startswith("50%_off \\input{x}, 90 training rows")
+
+
+def test_a_loss_that_diverged_in_the_merged_table(results: dict[str, Any]) -> None:
+    changed = copy.deepcopy(results)
+    for run in changed["runs"]:
+        if run["loss"] == "focal":
+            run["interval"]["last"] = None
+    changed["summary"]["last"]["raw"]["nll"]["focal"] |= {"mean": None, "half_width": None}
+    (block,) = tables.merged([changed], "last")
+    line = next(line for line in block.lines if line.label == "Focal")
+    assert line.bootstraps == [""] * 4
+    assert line.cells[1].value == "–"
+    assert tables.merged_markdown([changed], "last").count("| – |") == 1
+    assert "small" not in tables.merged_latex([changed]).splitlines()[-3].partition("Focal")[2]

@@ -18,7 +18,7 @@ from penex.compare.config import Config
 from penex.compare.errors import CompareError
 from penex.compare.registry import REFERENCE, contender
 from penex.compare.store import read_comparison, read_json, read_logits, run_folder
-from penex.metrics import METRICS, TEMPERATURE_BOUNDS, bootstrap, evaluate, fit_temperature
+from penex.metrics import METRICS, TEMPERATURE_BOUNDS, bootstrap, evaluate, fit_temperature, nll
 
 EPOCHS = {"best": "Best validation epoch", "last": "Last epoch"}
 SCALINGS = {"raw": "as trained", "scaled": "temperature scaled"}
@@ -55,8 +55,46 @@ def summarize(folder: Path) -> dict[str, Any]:
             }
             for epoch in EPOCHS
         },
+        "published": _published(folder, config, runs),
         "runs": runs,
     }
+
+
+def _published(
+    folder: Path, config: Config, runs: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The entries of published.json, if there is one, each with our interval as "ours".
+
+    An entry is of a loss and has a metric (as in :data:`METRICS`, on test rows; or validation_nll),
+    the epoch "at" which it was taken, "best" or "last", the published value and its source.
+    """
+    path = folder / "published.json"
+    if not path.exists():
+        return []
+    found = []
+    for entry in read_json(path):
+        try:
+            spec, metric, at = entry["loss"], entry["metric"], entry["at"]
+            if metric != "validation_nll" and metric not in METRICS:
+                raise ValueError(f"metric {metric!r}")
+            if at not in EPOCHS:
+                raise ValueError(f"at {at!r}")
+            told = {"value": float(entry["value"]), "source": str(entry["source"])}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CompareError(f"{path}: an entry is not understood ({error})") from None
+        if spec not in config.losses:
+            continue
+        results = [run["test"][at]["raw"] for run in runs if run["loss"] == spec]
+        values = [result[metric] for result in results if result and metric in result]
+        if metric == "validation_nll":
+            values = [run["validation"][at] for run in runs if run["loss"] == spec]
+        ours = interval([value for value in values if value is not None])
+        found.append(
+            {"loss": spec, "label": contender(spec).label, "metric": metric, "at": at}
+            | told
+            | {"ours": ours}
+        )
+    return found
 
 
 def _run(folder: Path, spec: str, seed: int) -> dict[str, Any]:
@@ -65,17 +103,19 @@ def _run(folder: Path, spec: str, seed: int) -> dict[str, Any]:
     record: dict[str, Any] = read_json(where / "run.json")
     logits = read_logits(where)
     record["temperature"], record["test"], record["interval"] = {}, {}, {}
+    record["validation"] = {}
     for epoch in EPOCHS:
         validation = record["scale"] * logits[f"validation_{epoch}"].astype(np.float64)
         test = record["scale"] * logits[f"test_{epoch}"].astype(np.float64)
         if not (np.isfinite(validation).all() and np.isfinite(test).all()):
             record["temperature"][epoch] = None
             record["test"][epoch] = dict.fromkeys(SCALINGS)
-            record["interval"][epoch] = None
+            record["interval"][epoch] = record["validation"][epoch] = None
             continue
         temperature = _temperature(validation, logits["validation_target"])
         target = logits["test_target"]
         record["temperature"][epoch] = temperature
+        record["validation"][epoch] = nll(validation, logits["validation_target"])
         record["test"][epoch] = {
             "raw": _finite(evaluate(test, target)),
             "scaled": _finite(evaluate(test / temperature, target)),
@@ -110,7 +150,7 @@ def _loss(spec: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "lr": own[0]["lr"] if own else None,
         "runs": len(own),
         "diverged": diverged,
-        "seconds_per_epoch": _interval([run["seconds_per_epoch"] for run in own]),
+        "seconds_per_epoch": interval([run["seconds_per_epoch"] for run in own]),
         "best_epoch": [run["best_epoch"] for run in own],
     }
 
@@ -130,8 +170,8 @@ def _column(
         shared = sorted(by_seed.keys() & reference.keys())
         difference = None
         if spec != REFERENCE and shared:
-            difference = _interval([by_seed[seed] - reference[seed] for seed in shared])
-        column[spec] = _interval(list(by_seed.values()))
+            difference = interval([by_seed[seed] - reference[seed] for seed in shared])
+        column[spec] = interval(list(by_seed.values()))
         column[spec] |= {"difference": difference, "best": False}
     best = _best(column, METRICS[metric].higher_is_better)
     if best is not None:
@@ -163,7 +203,7 @@ def clear(difference: dict[str, Any] | None) -> bool:
     return bool(abs(difference["mean"]) > difference["half_width"])
 
 
-def _interval(values: Sequence[float]) -> dict[str, Any]:
+def interval(values: Sequence[float]) -> dict[str, Any]:
     """Mean and half the width of its 95 % t-interval over seeds; None where there is no such."""
     n = len(values)
     mean = float(np.mean(values)) if n else None

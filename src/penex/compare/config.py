@@ -28,6 +28,10 @@ class Config(BaseModel):
     """Column of a table that holds the text to classify; the other columns are left out."""
     classes: tuple[str, ...] | None = None
     """Names of the classes to keep."""
+    parts: Literal["given", "test", "validation-as-test", "drawn"] = "given"
+    """Which parts that the data comes with are used: all; the test part alone, validation being
+    drawn from all other rows; the validation part as test, the real one (without labels, say)
+    being left out; none, all parts being drawn from all rows."""
     train_size: Positive | None = None
     validation_size: Annotated[float, Field(gt=0, lt=1)] = 0.2
     test_size: Annotated[float, Field(gt=0, lt=1)] = 0.25
@@ -91,7 +95,7 @@ class Config(BaseModel):
         Losses and seeds may be added later; the data is known by its content, not by its path.
         """
         return self.model_dump(
-            mode="json", exclude={"losses", "seeds", "data", "data_dir", "target"}
+            mode="json", exclude={"losses", "seeds", "data", "data_dir", "target", "text"}
         )
 
     def lr_for(self, spec: str) -> float:
@@ -103,8 +107,8 @@ class Config(BaseModel):
 class Execution:
     """Where and how runs are executed: nothing in it decides a number of a single-device run."""
 
-    jobs: int = 1
-    """Runs at a time."""
+    jobs: int | None = 1
+    """Runs at a time; None: as many as there are cores, or places on the cluster."""
     backend: Literal["local", "ray"] = "local"
     address: str | None = None
     """Of the Ray cluster; None: one started on this machine."""
@@ -118,6 +122,8 @@ class Execution:
     """Besides curve.csv, which is always written."""
     storage: str | None = None
     """URL of the Optuna storage; None: a journal file in the output folder."""
+    tune_jobs: int = 1
+    """Trials of one loss at a time; above 1, what is proposed depends on which one ends first."""
 
 
 @dataclass(frozen=True)

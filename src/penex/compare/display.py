@@ -40,6 +40,10 @@ class Display:
             progress.watch(title, total, done)
             yield
 
+    def note(self, line: str) -> None:
+        """Say something that stays."""
+        self.console.print(line, soft_wrap=True)
+
     def finished(self, line: str) -> None:
         """Report one finished piece of work; a terminal has the bar instead."""
         if not self.console.is_terminal:

@@ -7,11 +7,10 @@ of an HTML page, and `overview` a picture file of its own.
 import html
 import io
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -19,10 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from penex.compare.analysis import EPOCHS, curves, summarize
 from penex.compare.errors import CompareError
 from penex.compare.registry import LOSSES, REFERENCE, contender
+from penex.compare.robustness import NORMS, summary
 from penex.compare.store import read_logits, run_folder
 from penex.metrics import Reliability, margins, reliability
 
@@ -38,6 +39,8 @@ MORE_COLOURS = ("#b8860b", "#3a9bd1", "#aa4499", "#808000")
 DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.5), (1.5, 1.5), (6, 1.5, 1.5, 1.5))
 POINTS = 400
 """At most so many points to a line; a picture shows no more, and a page should stay small."""
+CURVES = ("train_nll", "validation_nll", "train_accuracy", "validation_accuracy")
+"""The columns of curve.csv that are drawn by epoch."""
 JOINED = 0.01
 """The least share of all samples in a bin that the line of a reliability diagram goes through."""
 STYLE: Any = [
@@ -61,21 +64,23 @@ class Evidence:
         label: As in the tables.
         colour: In hexadecimal.
         dashes: Lengths of dashes and gaps in line widths; empty for a solid line.
-        nll: "train" and "validation", each (runs, epochs), NaN where not finite.
+        curves: The columns of curve.csv by name, each (runs, epochs), NaN where not finite.
         best: (epoch, validation NLL) of the runs' best validation epochs.
         diagrams: Reliability on test at the best epochs, "raw" and "scaled", pooled over the runs
             whose logits are finite; empty if there is none.
         margins: (N,) margins of the same rows as trained, sorted.
+        errors: (N,) 1 - p(label) of the same rows as trained, sorted.
     """
 
     spec: str
     label: str
     colour: str
     dashes: tuple[float, ...]
-    nll: dict[str, Floats]
+    curves: dict[str, Floats]
     best: list[tuple[int, float]]
     diagrams: dict[str, Reliability]
     margins: Floats
+    errors: Floats
 
     @property
     def line(self) -> Any:
@@ -88,6 +93,31 @@ class Evidence:
         return float(np.mean(self.margins < 0)) if len(self.margins) else np.nan
 
 
+class Look(NamedTuple):
+    """How a loss is drawn; see `Evidence`."""
+
+    colour: str
+    dashes: tuple[float, ...]
+
+
+def looks(specs: Iterable[str]) -> dict[str, Look]:
+    """A look for each loss, no two alike: that of its registered name for the first of a name."""
+    found: dict[str, Look] = {}
+    seen: set[str] = set()
+    more = 0
+    for spec in specs:
+        name = contender(spec).loss.name
+        position = list(LOSSES).index(name)
+        if name not in seen and position < len(COLOURS):
+            found[spec] = Look(COLOURS[position], DASHES[0])
+        else:  # all pairs of a colour and dashes before one comes again
+            dashes = DASHES[(1 + more + more // len(MORE_COLOURS)) % len(DASHES)]
+            found[spec] = Look(MORE_COLOURS[more % len(MORE_COLOURS)], dashes)
+            more += 1
+        seen.add(name)
+    return found
+
+
 def gather(folder: Path, results: dict[str, Any]) -> list[Evidence]:
     """Read curves and logits of the losses that have a finished run, one run at a time.
 
@@ -98,43 +128,38 @@ def gather(folder: Path, results: dict[str, Any]) -> list[Evidence]:
     Raises:
         CompareError: A file is damaged.
     """
-    found, instances, more = [], Counter[str](), 0
+    found = []
+    look = looks(loss["spec"] for loss in results["losses"])
     for loss in results["losses"]:
-        name = contender(loss["spec"]).loss.name
-        position, instance = list(LOSSES).index(name), instances[name]
-        instances[name] += 1
-        if instance == 0 and position < len(COLOURS):
-            colour = COLOURS[position]
-        else:
-            colour, more = MORE_COLOURS[more % len(MORE_COLOURS)], more + 1
         runs = [run for run in results["runs"] if run["loss"] == loss["spec"]]
         if runs:
             read = [_curve(folder, run, results["config"]["epochs"]) for run in runs]
-            nll = {part: np.stack([curve[part] for curve in read]) for part in read[0]}
+            columns = {name: np.stack([curve[name] for curve in read]) for name in CURVES}
             best = [(run["best_epoch"], run["validation_nll"]) for run in runs if run["best_epoch"]]
-            style = (colour, DASHES[instance % len(DASHES)])
-            tested = _tested(folder, runs)
-            found.append(Evidence(loss["spec"], loss["label"], *style, nll, best, *tested))
+            style, (diagrams, margin, error) = look[loss["spec"]], _tested(folder, runs)
+            found.append(
+                Evidence(
+                    loss["spec"], loss["label"], *style, columns, best, diagrams, margin, error
+                )
+            )
     return found
 
 
 def _curve(folder: Path, run: dict[str, Any], epochs: int) -> dict[str, Floats]:
     curve = curves(folder, run["loss"], run["seed"])
-    try:
-        columns = {part: curve[f"{part}_nll"] for part in ("train", "validation")}
-    except KeyError:
-        columns = {}
-    if [len(column) for column in columns.values()] != [epochs, epochs]:
+    if any(name not in curve or len(curve[name]) != epochs for name in CURVES):
         where = run_folder(folder, run["loss"], run["seed"])
         raise CompareError(
-            f"{where / 'curve.csv'} is damaged (expected train_nll and validation_nll of {epochs} "
-            f"epochs); remove {where} and run again"
+            f"{where / 'curve.csv'} is damaged (expected {', '.join(CURVES)} of {epochs} epochs); "
+            f"remove {where} and run again"
         )
-    return {part: np.where(np.isfinite(each), each, np.nan) for part, each in columns.items()}
+    return {name: np.where(np.isfinite(curve[name]), curve[name], np.nan) for name in CURVES}
 
 
-def _tested(folder: Path, runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Reliability], Floats]:
-    raw, scaled, pooled = [], [], [np.empty(0)]
+def _tested(
+    folder: Path, runs: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Reliability], Floats, Floats]:
+    raw, scaled, pooled, errors = [], [], [np.empty(0)], [np.empty(0)]
     for run in runs:
         if run["test"]["best"]["raw"] is not None:
             saved = read_logits(run_folder(folder, run["loss"], run["seed"]))
@@ -143,8 +168,9 @@ def _tested(folder: Path, runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Rel
             raw.append(reliability(logits, target))
             scaled.append(reliability(logits / run["temperature"]["best"], target))
             pooled.append(margins(logits, target))
+            errors.append(1 - softmax(logits, axis=1)[np.arange(len(target)), target])
     diagrams = {"raw": _pool(raw), "scaled": _pool(scaled)} if raw else {}
-    return diagrams, np.sort(np.concatenate(pooled))
+    return diagrams, np.sort(np.concatenate(pooled)), np.sort(np.concatenate(errors))
 
 
 def _pool(diagrams: Sequence[Reliability]) -> Reliability:
@@ -161,19 +187,27 @@ def _thinned(n: int) -> NDArray[np.intp]:
     return np.unique(np.linspace(0, n - 1, min(n, POINTS)).round().astype(np.intp))
 
 
-def learning(axes: Axes, evidence: Sequence[Evidence], part: str) -> None:
-    """NLL on "train" or "validation" by epoch: the mean over runs, and every run in a thin line.
+def learning(axes: Axes, evidence: Sequence[Evidence], column: str) -> None:
+    """A column of curve.csv by epoch: the mean over runs, and every run in a thin line.
 
     A mean line ends where a run stopped being finite. Dots are the runs' best validation epochs.
     """
+    is_nll = column.endswith("nll")
     for one in evidence:
-        index = _thinned(one.nll[part].shape[1])
-        nll = one.nll[part][:, index]
-        axes.plot(index + 1, nll.T, color=one.colour, linewidth=0.5, alpha=0.4)
-        axes.plot(index + 1, nll.mean(axis=0), **one.line, linewidth=1.6, label=one.label)
-        if part == "validation" and one.best:
+        index = _thinned(one.curves[column].shape[1])
+        values = (1 if is_nll else 100) * one.curves[column][:, index]
+        axes.plot(index + 1, values.T, color=one.colour, linewidth=0.5, alpha=0.4)
+        axes.plot(index + 1, values.mean(axis=0), **one.line, linewidth=1.6, label=one.label)
+        if column == "validation_nll" and one.best:
             axes.plot(*zip(*one.best, strict=True), "o", color=one.colour, markersize=3, alpha=0.8)
-    values = np.concatenate([one.nll[part].ravel() for one in evidence])
+    if is_nll:
+        logarithmic(axes, np.concatenate([one.curves[column].ravel() for one in evidence]))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axes.set(xlabel="Epoch", ylabel="NLL" if is_nll else "Accuracy, %")
+
+
+def logarithmic(axes: Axes, values: Floats) -> None:
+    """Make the y axis logarithmic if the positive `values` span enough, with plain numbers."""
     values = values[values > 0]
     decades = np.log10(values.max() / values.min()) if values.size else 0
     if decades > 0.7:  # less leaves a logarithmic axis without labels
@@ -181,8 +215,6 @@ def learning(axes: Axes, evidence: Sequence[Evidence], part: str) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2 else (1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-    axes.set(xlabel="Epoch", ylabel="NLL")
 
 
 def diagram(axes: Axes, one: Evidence) -> None:
@@ -219,6 +251,44 @@ def distribution(axes: Axes, evidence: Sequence[Evidence]) -> None:
     axes.set(ylim=(0, 1), xlabel="Margin, log p(y) − max log p(j)", ylabel="Share of test rows")
 
 
+def robust(
+    axes: Axes, evidence: Sequence[Evidence], records: Sequence[dict[str, Any]], norm: str
+) -> None:
+    """Accuracy by radius under attack with intervals over seeds; solid: best epoch, dotted: last.
+
+    Args:
+        axes: Where to draw.
+        evidence: The losses.
+        records: Of `robustness.read`.
+        norm: "linf" or "l2".
+    """
+    pixels = any(record["box"] for record in records)
+    in_255 = pixels and norm == "linf"
+    unit = (1 / 255, " in 1/255 of the range of pixels") if in_255 else (1, "")
+    for one in evidence:
+        for epoch, face, line in (("best", one.colour, "-"), ("last", "white", ":")):
+            cells = summary(records, one.spec, epoch, norm)
+            axes.errorbar(
+                [radius / unit[0] for radius in cells],
+                [100 * cell["mean"] for cell in cells.values()],
+                yerr=[100 * (cell["half_width"] or 0) for cell in cells.values()],
+                fmt="o",
+                linestyle=line,
+                color=one.colour,
+                mfc=face,
+                markersize=4,
+                linewidth=1.4,
+                elinewidth=0.7,
+                label=one.label if epoch == "best" else None,
+            )
+    radii = sorted(
+        {0.0, *(record["radius"] / unit[0] for record in records if record["norm"] == norm)}
+    )
+    axes.set_xticks(radii, [f"{radius:.3g}" for radius in radii])
+    axes.set(xlabel=f"Radius, {NORMS[norm]}{unit[1]}", ylabel="Accuracy under attack, %")
+    axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
+
+
 def differences(axes: Axes, results: dict[str, Any], evidence: Sequence[Evidence]) -> None:
     """Paired differences in test NLL to the reference with their intervals over seeds."""
     others = [one for one in evidence if one.spec != REFERENCE]
@@ -235,6 +305,11 @@ def differences(axes: Axes, results: dict[str, Any], evidence: Sequence[Evidence
     axes.set_yticks(range(len(others)), [one.label for one in others])
     axes.set(xlabel="Test NLL less that of cross-entropy, 95 % interval")
     axes.set_ylim(len(others) - 0.5, -0.5)
+
+
+def plain(text: str) -> str:
+    """Text from the data for a picture, where a pair of dollars would set it as a formula."""
+    return text.replace("$", r"\$")
 
 
 def svg(
@@ -273,7 +348,7 @@ def overview(folder: Path, path: Path) -> None:
     with matplotlib.style.context([*STYLE, {"svg.hashsalt": "overview"}]):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        learning(left, evidence, "validation")
+        learning(left, evidence, "validation_nll")
         left.set_ylabel("Validation NLL")
         left.legend()
         differences(right, results, evidence)

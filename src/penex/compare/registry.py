@@ -2,19 +2,21 @@
 
 Nothing else in the comparison knows one loss from another: it asks the entry for a criterion, for
 the range in which to tune its one knob, and for the factor that turns trained logits into the
-logits of its probabilities.
+logits of its probabilities. A criterion may have two methods, for state that follows the training:
+``after_step()``, called after every optimiser step, and ``after_epoch()``, called after the last
+batch of every epoch.
 """
 
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from penex.compare.errors import CompareError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -32,50 +34,125 @@ class Knob:
 
 
 @dataclass(frozen=True)
+class Context:
+    """What a loss may need to know of the run it is built for."""
+
+    num_classes: int
+    steps_total: int
+    """Optimiser steps of the whole run."""
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True)
 class Loss:
     """An entry of the registry."""
 
     name: str
     label: str
-    build: Callable[[float], "nn.Module"]
+    build: Callable[[float, Context], "nn.Module"]
     """The criterion for a value of the knob."""
     knob: Knob | None = None
-    scale: Callable[[float], float] = lambda knob: 1.0
+    scale: Callable[[float, Context], float] = lambda knob, context: 1.0
     """What multiplies trained logits before softmax gives this loss's probabilities."""
+    constrain: Callable[["Tensor"], "Tensor"] | None = None
+    """What the network's logits, classes last, go through before anything reads them: the
+    criterion, the metrics, an attack. None: nothing."""
 
 
-def _cross_entropy(knob: float) -> "nn.Module":
+def _cross_entropy(knob: float, context: Context) -> "nn.Module":
     from torch import nn
 
     return nn.CrossEntropyLoss()
 
 
-def _label_smoothing(knob: float) -> "nn.Module":
+def _label_smoothing(knob: float, context: Context) -> "nn.Module":
     from torch import nn
 
     return nn.CrossEntropyLoss(label_smoothing=knob)
 
 
-def _confidence_penalty(knob: float) -> "nn.Module":
+def _confidence_penalty(knob: float, context: Context) -> "nn.Module":
     from penex.losses import ConfidencePenaltyLoss
 
     return ConfidencePenaltyLoss(strength=knob)
 
 
-def _focal(knob: float) -> "nn.Module":
+def _focal(knob: float, context: Context) -> "nn.Module":
     from penex.losses import FocalLoss
 
     return FocalLoss(gamma=knob)
 
 
-def _penex(knob: float) -> "nn.Module":
+def _penex(knob: float, context: Context) -> "nn.Module":
     from penex.losses import PENEX
 
     return PENEX(sensitivity=knob)
 
 
+def _exponential(knob: float, context: Context) -> "nn.Module":
+    from penex.compare.ablations import ExponentialLoss
+
+    return ExponentialLoss(knob)
+
+
+def _conex_sensitivity(knob: float, context: Context) -> float:
+    return 1 / (context.num_classes - 1)
+
+
+def _conex_hard(knob: float, context: Context) -> "nn.Module":
+    from penex.compare.ablations import ExponentialLoss
+
+    return ExponentialLoss(_conex_sensitivity(knob, context))
+
+
+def _sum_to_zero(logits: "Tensor") -> "Tensor":
+    from penex.compare.ablations import sum_to_zero
+
+    return sum_to_zero(logits)
+
+
+def _conex_squared(knob: float, context: Context) -> "nn.Module":
+    from penex.compare.ablations import SquaredPenaltyLoss
+
+    return SquaredPenaltyLoss(_conex_sensitivity(knob, context), knob)
+
+
+def _conex_lagrangian(knob: float, context: Context) -> "nn.Module":
+    from penex.compare.ablations import AugmentedLagrangianLoss
+
+    return AugmentedLagrangianLoss(_conex_sensitivity(knob, context), knob)
+
+
+def _logsumexp(knob: float, context: Context) -> "nn.Module":
+    from penex.compare.ablations import LogSumExpPenaltyLoss
+
+    return LogSumExpPenaltyLoss(knob)
+
+
+def _linear(knob: float, context: Context) -> "nn.Module":
+    from penex.compare.ablations import LinearPenaltyLoss
+
+    return LinearPenaltyLoss(knob)
+
+
+def _linear_schedule(knob: float, context: Context) -> "nn.Module":
+    from penex.compare.ablations import ScheduledPENEX
+
+    return ScheduledPENEX(knob, steps=context.steps_total, shape="linear")
+
+
+def _cosine_schedule(knob: float, context: Context) -> "nn.Module":
+    from penex.compare.ablations import ScheduledPENEX
+
+    return ScheduledPENEX(knob, steps=context.steps_total, shape="cosine")
+
+
 REFERENCE = "cross-entropy"
 """What every other loss is compared with, pair by pair."""
+_SENSITIVITY = Knob("sensitivity", "α", default=0.1, low=0.003, high=1.0, log=True)
+# The range is that of the paper's study. Its optima, above 700, are those of quartic penalties; a
+# quadratic one of that strength leaves little room to learn.
+_CONSTRAINT = Knob("strength", "ρ", default=1.0, low=0.0, high=1000.0)
 
 LOSSES = {
     loss.name: loss
@@ -98,8 +175,65 @@ LOSSES = {
             "penex",
             "PENEX",
             _penex,
-            Knob("sensitivity", "α", default=0.1, low=0.003, high=1.0, log=True),
-            scale=lambda alpha: 1 + alpha,
+            _SENSITIVITY,
+            scale=lambda alpha, context: 1 + alpha,
+        ),
+        # The paper's ablations; `penex.compare.ablations` derives their scales.
+        Loss(
+            "exponential",
+            "Exponential loss",
+            _exponential,
+            replace(_SENSITIVITY, default=0.03),
+            scale=lambda alpha, context: alpha,
+        ),
+        Loss(
+            "conex-hard",
+            "CONEX, hard",
+            _conex_hard,
+            scale=_conex_sensitivity,
+            constrain=_sum_to_zero,
+        ),
+        Loss(
+            "conex-squared",
+            "CONEX, squared penalty",
+            _conex_squared,
+            _CONSTRAINT,
+            scale=_conex_sensitivity,
+        ),
+        Loss(
+            "conex-lagrangian",
+            "CONEX, augmented Lagrangian",
+            _conex_lagrangian,
+            _CONSTRAINT,
+            scale=_conex_sensitivity,
+        ),
+        Loss(
+            "logsumexp-penalty",
+            "LogSumExp penalty",
+            _logsumexp,
+            _SENSITIVITY,
+            scale=lambda alpha, context: 1 + alpha,
+        ),
+        Loss(
+            "linear-penalty",
+            "Linear penalty",
+            _linear,
+            _SENSITIVITY,
+            scale=lambda alpha, context: alpha,
+        ),
+        Loss(
+            "penex-linear-schedule",
+            "PENEX, linear schedule",
+            _linear_schedule,
+            _SENSITIVITY,
+            scale=lambda alpha, context: 1 + alpha,
+        ),
+        Loss(
+            "penex-cosine-schedule",
+            "PENEX, cosine schedule",
+            _cosine_schedule,
+            _SENSITIVITY,
+            scale=lambda alpha, context: 1 + alpha,
         ),
     )
 }

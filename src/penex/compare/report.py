@@ -1,5 +1,6 @@
 """The report: results.json, table.tex, and report.html, which needs nothing but itself."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from penex.compare import plots, tables
+from penex.compare import plots, robustness, tables
 from penex.compare.analysis import EPOCHS, SCALINGS, summarize
+from penex.compare.errors import CompareError
 from penex.compare.registry import LOSSES, REFERENCE
+from penex.compare.robustness import NORMS
 from penex.compare.store import room, write_json, write_text
 from penex.metrics import METRICS
 
@@ -35,7 +38,7 @@ def write(folder: Path) -> dict[str, Any]:
             disk is full.
     """
     results = summarize(folder)
-    page = _page(results, plots.gather(folder, results))
+    page = _page(folder, results, plots.gather(folder, results))
     with room(folder):
         write_json(folder / "results.json", results)
         write_text(folder / "table.tex", tables.latex(results))
@@ -43,7 +46,77 @@ def write(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _page(results: dict[str, Any], evidence: list[plots.Evidence]) -> str:
+def merge(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
+    """One page of several comparisons, with their table as LaTeX and Markdown, from saved files.
+
+    Args:
+        folders: Output folders, in the order in which they are shown.
+        out: The folder for report.html, table.tex and table.md, made if missing.
+
+    Returns:
+        What `summarize` says of each.
+
+    Raises:
+        CompareError: As :func:`write`; or `out` is one of `folders`.
+    """
+    if out.resolve() in [folder.resolve() for folder in folders]:
+        raise CompareError(f"out: {out} is a comparison of its own; choose another folder")
+    several = [summarize(folder) for folder in folders]
+    parts = []
+    for number, (folder, results) in enumerate(zip(folders, several, strict=True), start=1):
+        evidence, records = plots.gather(folder, results), robustness.read(folder)
+        parts.append(
+            {
+                "caption": tables.caption(results),
+                "caveats": caveats(results),
+                "evidence": evidence,
+                "pictures": _pictures(evidence, records, f"comparison{number}-"),
+                "published": tables.published(results),
+                "results": results,
+                "robust": tables.robust(results, records),
+                "title": tables.titles(several)[number - 1],
+                "verdict": verdict(results),
+            }
+        )
+    page = _render(
+        "merged.html.jinja",
+        several=parts,
+        header=tables.merged_header(),
+        tables={epoch: tables.merged(several, epoch) for epoch in EPOCHS},
+        legend=tables.MERGED_LEGEND,
+    )
+    markdown = [f"{EPOCHS[epoch]}:\n\n{tables.merged_markdown(several, epoch)}" for epoch in EPOCHS]
+    with room(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "table.tex", tables.merged_latex(several))
+        write_text(out / "table.md", "\n\n".join([*markdown, tables.MERGED_LEGEND]) + "\n")
+        write_text(out / "report.html", page)
+    return several
+
+
+def _page(folder: Path, results: dict[str, Any], evidence: list[plots.Evidence]) -> str:
+    records = robustness.read(folder)
+    return _render(
+        "report.html.jinja",
+        results=results,
+        caption=tables.caption(results),
+        verdict=verdict(results),
+        caveats=caveats(results),
+        scalings=SCALINGS,
+        header=tables.header(),
+        tables={epoch: list(tables.rows(results, epoch)) for epoch in EPOCHS},
+        cell=tables.cell,
+        legend=tables.LEGEND,
+        published=tables.published(results),
+        robust=tables.robust(results, records),
+        evidence=evidence,
+        pictures=_pictures(evidence, records),
+        settings=yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True),
+        versions=_versions(results),
+    )
+
+
+def _render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("penex.compare", ""),
         autoescape=True,  # names come from the user's data
@@ -52,34 +125,24 @@ def _page(results: dict[str, Any], evidence: list[plots.Evidence]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("report.html.jinja").render(
-        results=results,
-        caption=tables.caption(results),
-        verdict=verdict(results),
-        caveats=caveats(results),
-        epochs=EPOCHS,
-        scalings=SCALINGS,
-        metrics=METRICS,
-        header=tables.header(),
-        tables={epoch: list(tables.rows(results, epoch)) for epoch in EPOCHS},
-        cell=tables.cell,
-        legend=tables.LEGEND,
-        evidence=evidence,
-        pictures=_pictures(evidence),
-        ink=plots.INK,
-        settings=yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True),
-        versions=_versions(results),
+    return environment.get_template(template).render(
+        epochs=EPOCHS, metrics=METRICS, ink=plots.INK, robust_legend=tables.ROBUST_LEGEND, **values
     )
 
 
-def _pictures(evidence: list[plots.Evidence]) -> dict[str, Markup]:
-    """The panels by name, not to be escaped: their text is ours, none comes from the data."""
+def _pictures(
+    evidence: list[plots.Evidence], records: Sequence[dict[str, Any]], prefix: str = ""
+) -> dict[str, Markup]:
+    """The panels by name, not to be escaped: their text is ours, none comes from the data.
+
+    Ids within them start with `prefix`, which is not in the names.
+    """
     labels = ", ".join(one.label for one in evidence)
     drawn = {
         part: plots.svg(
-            part,
+            f"{prefix}{part}",
             f"NLL on {part} rows by epoch, mean and single runs, of {labels}",
-            partial(plots.learning, evidence=evidence, part=part),
+            partial(plots.learning, evidence=evidence, column=f"{part}_nll"),
             WIDE,
         )
         for part in ("validation", "train")
@@ -88,10 +151,14 @@ def _pictures(evidence: list[plots.Evidence]) -> dict[str, Markup]:
         if one.diagrams:
             description = f"Reliability diagram of {one.label}: accuracy against confidence"
             draw = partial(plots.diagram, one=one)
-            drawn[one.spec] = plots.svg(f"reliability{number}", description, draw, SQUARE)
+            drawn[one.spec] = plots.svg(f"{prefix}reliability{number}", description, draw, SQUARE)
     description = f"Cumulative distribution of test margins of {labels}"
     draw = partial(plots.distribution, evidence=evidence)
-    drawn["margins"] = plots.svg("margins", description, draw, WIDE)
+    drawn["margins"] = plots.svg(f"{prefix}margins", description, draw, WIDE)
+    for norm in {record["norm"]: None for record in records}:
+        description = f"Accuracy by radius of an attack in {NORMS[norm]}, of {labels}"
+        draw = partial(plots.robust, evidence=evidence, records=records, norm=norm)
+        drawn[norm] = plots.svg(f"{prefix}{norm}", description, draw, WIDE)
     return {name: Markup(text) for name, text in drawn.items()}  # noqa: S704
 
 

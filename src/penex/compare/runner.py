@@ -2,19 +2,21 @@
 
 import contextlib
 import functools
-import multiprocessing
-import os
-import signal
-import threading
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
 
-import joblib
-
-from penex.compare.config import Config, Task
-from penex.compare.data import Dataset, load
+from penex.compare.config import Config, Execution, Task
+from penex.compare.data import load
+from penex.compare.dataset import Dataset, Texts
 from penex.compare.display import Display
+from penex.compare.estimate import SURELY_SHORT, forecast, recorded, seconds_per_epoch
+from penex.compare.images import Images
+from penex.compare.parallel import Workers, workers
+from penex.compare.ranks import decided, joined
 from penex.compare.registry import contender
 from penex.compare.splits import draw_rows
 from penex.compare.store import (
@@ -27,108 +29,170 @@ from penex.compare.store import (
     run_folder,
     trial_folder,
 )
-from penex.compare.tune import best_trial, tune
+
+if TYPE_CHECKING:
+    from penex.compare.tune import Study
+
+MEASURED = 16
+"""On how many processes a few steps are measured at most."""
 
 
-def compare(config: Config, folder: Path, *, jobs: int, display: Display) -> None:
+def compare(config: Config, folder: Path, *, execution: Execution, display: Display) -> None:
     """Train every loss at every seed, except what `folder` has already.
 
     Args:
         config: What to compare.
         folder: The output folder, new or of the same configuration.
-        jobs: How many runs at a time, each on one core.
+        execution: Where, and how many runs at a time.
         display: Where progress is shown.
 
     Raises:
-        CompareError: The data or the folder is refused, or the disk is full. What was finished
-            stays, and the same call continues.
+        CompareError: The data, the folder or the workers are refused, or the disk is full. What
+            was finished stays, and the same call continues.
     """
-    dataset = load(config.data, config.target)
+    folder = folder.absolute()  # workers may have another working directory
+    dataset = load(config)
     for seed in range(config.seeds):  # refuse now what would be refused after hours
-        draw_rows(dataset, seed, config.train_size, config.validation_size, config.test_size)
-    with lock(folder), room(folder), _tidy(folder):
-        claim(folder, config, dataset)
+        draw_rows(dataset, seed, config)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(joined())
+        decided(lambda: _enter(stack, config, folder, dataset))
+        pool = stack.enter_context(workers(execution, folder, folder, config, dataset, execution))
+        studies: Mapping[str, Study] = {}
         if config.tune:
-            trials = [
-                trial_folder(folder, spec, trial)
-                for spec in config.losses
-                for trial in range(config.tune)
-            ]
-            done = functools.partial(epochs_done, trials, config.epochs)
-            with display.stage("Tuning", len(trials) * config.epochs, done):
-                tuning = [
-                    functools.partial(_tune, folder, spec, config, dataset)
-                    for spec in config.losses
-                ]
-                for line in _parallel(jobs, tuning):
-                    display.finished(line)
-        tasks = _tasks(config, folder)
+            from penex.compare.tune import open_studies  # Optuna: only where it is used
+
+            studies = open_studies(folder, config, dataset, execution)
+        _foretell(config, folder, dataset, execution, studies, pool, display)
+        values = {spec: _untuned(config, spec) for spec in config.losses}
+        if studies:
+            values |= _tuned(config, folder, execution, studies, pool, display)
+        tasks = [
+            Task(run_folder(folder, spec, seed), spec, seed, **values[spec])
+            for seed, spec in _pairs(config)
+        ]
         done = functools.partial(epochs_done, [task.folder for task in tasks], config.epochs)
         with display.stage("Training", len(tasks) * config.epochs, done):
-            training = [
-                functools.partial(_train, task, config, dataset)
-                for task in tasks
-                if not task.folder.exists()
-            ]
-            for line in _parallel(jobs, training):
+            missing = decided(lambda: [task for task in tasks if not task.folder.exists()])
+            for line in pool.each(_train, missing):
                 display.finished(line)
 
 
-def _tasks(config: Config, folder: Path) -> list[Task]:
+def _pairs(config: Config) -> list[tuple[int, str]]:
     """All runs, seed by seed, so that an unfinished comparison is still a paired one."""
-    values = {}
-    for spec in config.losses:
-        untuned = {"lr": config.lr, "knob": contender(spec).untuned}
-        values[spec] = best_trial(folder, spec, config) if config.tune else untuned
-    return [
-        Task(run_folder(folder, spec, seed), spec, seed, **values[spec])
-        for seed in range(config.seeds)
-        for spec in config.losses
+    return [(seed, spec) for seed in range(config.seeds) for spec in config.losses]
+
+
+def _untuned(config: Config, spec: str) -> dict[str, float]:
+    return {"lr": config.lr_for(spec), "knob": contender(spec).untuned}
+
+
+def _enter(stack: contextlib.ExitStack, config: Config, folder: Path, dataset: Dataset) -> None:
+    """Make `folder` this comparison's until `stack` is closed."""
+    stack.enter_context(lock(folder))
+    stack.enter_context(room(folder))
+    stack.enter_context(_tidy(folder))
+    claim(folder, config, dataset)
+
+
+def _foretell(
+    config: Config,
+    folder: Path,
+    dataset: Dataset,
+    execution: Execution,
+    studies: Mapping[str, "Study"],
+    pool: Workers,
+    display: Display,
+) -> None:
+    """Say what the comparison will take, if that is long, from a few steps of the real training."""
+    trials = [
+        trial_folder(folder, spec, number)
+        for spec, study in studies.items()
+        for number in range(study.trials)
     ]
+    runs = [run_folder(folder, spec, seed) for seed, spec in _pairs(config)]
+    finished = decided(lambda: [run for run in (*trials, *runs) if run.exists()])
+    stages = []
+    for stage, most in ((trials, len(studies) * execution.tune_jobs), (runs, len(runs))):
+        left = len(set(stage) - set(finished))
+        stages.append((left, max(1, min(pool.jobs, most, left))))
+    rows = [len(part) for part in draw_rows(dataset, 0, config)]
+    steps = math.ceil(rows[0] / config.batch_size)
+    small = config.model in (None, "mlp") and not isinstance(dataset.features, Images | Texts)
+    if small and forecast(stages, config.epochs, steps * SURELY_SHORT) is None:
+        return
+    seconds = decided(lambda: recorded(finished))
+    if seconds is None:
+        side = max(side for _, side in stages)
+        seconds = mean(pool.each(_measure, config.losses[:1] * min(side, MEASURED)))
+    line = forecast(stages, config.epochs, seconds_per_epoch(seconds, rows))
+    if line is not None:
+        display.note(f"This will take {line}")
 
 
-def _tune(folder: Path, spec: str, config: Config, dataset: Dataset) -> str:
-    _follow_the_parent()
-    tune(folder, spec, config, dataset)
-    who, best = contender(spec), best_trial(folder, spec, config)
+def _measure(
+    spec: str, folder: Path, config: Config, dataset: Dataset, execution: Execution
+) -> float:
+    from penex.compare.train import measure
+
+    return measure(spec, config, dataset, execution)
+
+
+def _tuned(
+    config: Config,
+    folder: Path,
+    execution: Execution,
+    studies: Mapping[str, "Study"],
+    pool: Workers,
+    display: Display,
+) -> dict[str, dict[str, float]]:
+    """Tune what is not tuned yet; the values found for every loss."""
+    from penex.compare.tune import BEAT
+
+    trials = [
+        trial_folder(folder, spec, number)
+        for spec, study in studies.items()
+        for number in range(study.trials)
+    ]
+    done = functools.partial(epochs_done, trials, config.epochs)
+    with display.stage("Tuning", len(trials) * config.epochs, done):
+        while missing := decided(lambda: [s for s in studies if not studies[s].is_finished()]):
+            found = set()
+            shares = [(spec, worker) for worker in range(execution.tune_jobs) for spec in missing]
+            for spec in pool.each(_tune, shares):
+                if spec not in found and decided(studies[spec].is_finished):
+                    found.add(spec)
+                    display.finished(_found(spec, studies[spec].best()))
+            if len(found) < len(missing):
+                # Another command has the last trials: wait for them, or for signs of its death.
+                time.sleep(BEAT)
+    return decided(lambda: {spec: study.best() for spec, study in studies.items()})
+
+
+def _found(spec: str, best: dict[str, float]) -> str:
+    who = contender(spec)
     knob = f", {who.loss.knob.name} {best['knob']:.3g}" if who.loss.knob else ""
     return f"{who.label}: tuned to learning rate {best['lr']:.3g}{knob}"
 
 
-def _train(task: Task, config: Config, dataset: Dataset) -> str:
-    _follow_the_parent()
+def _tune(
+    share: tuple[str, int], folder: Path, config: Config, dataset: Dataset, execution: Execution
+) -> str:
+    from penex.compare.tune import tune
+
+    spec, worker = share
+    tune(folder, spec, config, dataset, execution, worker=worker)
+    return spec
+
+
+def _train(task: Task, folder: Path, config: Config, dataset: Dataset, execution: Execution) -> str:
     from penex.compare.train import run  # torch and Lightning: only the process that trains
 
-    run(task, config, dataset)
-    record = read_json(task.folder / "run.json")
+    run(task, config, dataset, execution)
+    record = decided(lambda: read_json(task.folder / "run.json"))
     nll, epoch = record["validation_nll"], record["best_epoch"]
     result = "diverged" if nll is None else f"validation NLL {nll:.4f} at epoch {epoch}"
     return f"{contender(task.spec).label}, seed {task.seed}: {result}"
-
-
-def _parallel(jobs: int, calls: Sequence[Callable[[], str]]) -> Iterator[str]:
-    """What the calls return, as they finish; on any exception the processes are stopped first."""
-    if not calls:
-        return
-    parallel = joblib.Parallel(min(jobs, len(calls)), return_as="generator_unordered", batch_size=1)
-    with contextlib.closing(parallel(joblib.delayed(call)() for call in calls)) as results:
-        yield from results
-
-
-@functools.cache  # once per process
-def _follow_the_parent() -> None:
-    """In a worker: leave Ctrl-C, which reaches all processes, to the parent; end when it ends."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent.pid:
-            time.sleep(0.5)
-        os._exit(1)  # the parent was killed: nobody waits for this run
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

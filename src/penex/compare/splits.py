@@ -1,4 +1,4 @@
-"""One seed's view of a data set: training, validation and test rows as arrays for a model.
+"""One seed's view of a data set: training, validation and test rows, ready for a model.
 
 Whatever is random depends on the seed alone, so all losses see the same rows, the same features and
 the same wrong labels; whatever is fitted (vocabularies, means, scales) sees training rows only.
@@ -18,13 +18,17 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from threadpoolctl import threadpool_limits
 
-from penex.compare.data import Dataset
+from penex.compare.config import Config
+from penex.compare.dataset import Dataset, Texts
 from penex.compare.errors import CompareError
+from penex.compare.images import Images
 
-Part = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+Rows = npt.NDArray[np.int64]
+Inputs = npt.NDArray[np.float32] | Images | list[str]
+Part = tuple[Inputs, npt.NDArray[np.int64]]
 
 # One independent random stream per decision, so that none shifts another.
-_TEST, _TRAIN, _NOISE, _ENCODER = range(4)
+_TEST, _TRAIN, _NOISE, _ENCODER, _VALIDATION_NOISE = range(5)
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,9 @@ class Split:
     """Rows of one seed, ready for a model.
 
     Attributes:
-        train: X, float32 of shape (n, ...), and y, int64 of shape (n,), with label noise if any.
-        validation: The same for validation rows, labels as given.
+        train: X and y, y being int64 of shape (n,), with label noise if any. X is float32 of shape
+            (n, ...), standardised, for numbers; for images a view of them; for texts their list.
+        validation: The same for validation rows, labels as given unless the noise is "uniform".
         test: The same for test rows, labels as given.
     """
 
@@ -42,101 +47,120 @@ class Split:
     test: Part
 
 
-def split(
-    dataset: Dataset,
-    *,
-    seed: int,
-    train_size: int | None,
-    validation_size: float,
-    test_size: float,
-    label_noise: float,
-) -> Split:
-    """Draw stratified parts and prepare their features with the statistics of the training rows.
+def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
+    """Take or draw the parts, and prepare features with the statistics of the training rows.
 
-    Test rows are drawn first and depend on seed and test_size only. Columns are standardised,
-    arrays of more than two dimensions (images) as a whole; a column that is constant in the
-    training rows is 0 everywhere, because its scale is unknown. In
-    tables, categories become one-hot columns (or 30 text components from 40 categories on), dates
-    their year, month, day, hour and seconds; missing numbers become the mean, with a column that
-    says so. Categories not met in training become zeros.
+    Parts that the data set comes with are used as they are; what is missing is drawn, stratified
+    by class. Test rows are drawn first and depend on seed and test_size only.
+
+    Columns are standardised, arrays of more than two dimensions (images) as a whole; a column that
+    is constant in the training rows is 0 everywhere, because its scale is unknown. In tables,
+    categories become one-hot columns (or 30 text components from 40 categories on), dates their
+    year, month, day, hour and seconds; missing numbers become the mean, with a column that says so.
+    Categories not met in training become zeros. Images and texts are left to the model.
 
     Args:
         dataset: N rows of K classes.
         seed: Non-negative.
-        train_size: Number n of training rows; None: all that test and validation leave.
-        validation_size: Share v of validation rows among training and validation rows, in (0, 1).
-            With train_size given that is round(n v / (1 - v)) rows, and the rest stays unused.
-        test_size: Share of test rows among all rows, in (0, 1).
-        label_noise: Share of training rows, in [0, 1): round(label_noise n) of them get another
-            class, each of the K - 1 others being equally likely.
+        config: Its train_size is the number n of training rows, None: all that test and validation
+            leave; its validation_size the share v of validation rows among training and validation
+            rows. With train_size given that is round(n v / (1 - v)) rows, and the rest stays
+            unused. Its test_size is the share of test rows among the rows they are drawn from. Of
+            round(label_noise n) training rows the label is wrong: another class, each of the K - 1
+            others being equally likely (noise "other"), or any of the K, in so many validation rows
+            too ("uniform").
 
     Returns:
-        C-contiguous, finite arrays. Every part holds every class (training: before the noise).
+        C-contiguous, finite arrays. Every drawn part holds every class (before the noise).
 
     Raises:
-        CompareError: An argument is out of range, or the rows do not suffice for such parts.
+        CompareError: The rows do not suffice for such parts, or the seed is negative.
     """
-    for name, share in (("validation_size", validation_size), ("test_size", test_size)):
-        if not 0 < share < 1:
-            raise CompareError(f"{name} must be between 0 and 1, both excluded; got {share}.")
-    if not 0 <= label_noise < 1:
-        raise CompareError(f"label_noise must be at least 0 and below 1; got {label_noise}.")
     if seed < 0:
         raise CompareError(f"seed must not be negative; got {seed}.")
+    rows = draw_rows(dataset, seed, config)
+    features = _prepare(dataset, rows, seed)
+    labels = [dataset.target[part] for part in rows]
+    k = len(dataset.classes)
+    labels[0] = _with_noise(labels[0], config, k, (seed, _NOISE))
+    if config.noise == "uniform":
+        labels[1] = _with_noise(labels[1], config, k, (seed, _VALIDATION_NOISE))
+    return Split(*zip(features, labels, strict=True))
 
-    rows = draw_rows(dataset, seed, train_size, validation_size, test_size)
-    arrays = _prepare(dataset, rows, seed)
-    train_y, validation_y, test_y = (dataset.target[part] for part in rows)
-    train_y = _with_noise(train_y, label_noise, len(dataset.classes), seed)
-    return Split((arrays[0], train_y), (arrays[1], validation_y), (arrays[2], test_y))
 
-
-def draw_rows(
-    dataset: Dataset, seed: int, train_size: int | None, validation_size: float, test_size: float
-) -> list[npt.NDArray[np.int64]]:
-    """Row numbers of the training, validation and test part, in shuffled order; see `split`."""
-    total, k = len(dataset.target), len(dataset.classes)
-    n_test = round(test_size * total)
-    rest = total - n_test
-    if train_size is None:
-        n_validation = round(validation_size * rest)
+def draw_rows(dataset: Dataset, seed: int, config: Config) -> list[Rows]:
+    """Row numbers of the training, validation and test part; see `split`."""
+    k = len(dataset.classes)
+    given = dataset.official
+    pool = np.setdiff1d(np.arange(len(dataset.target)), np.concatenate([[], *given.values()]))
+    n_test = 0 if "test" in given else round(config.test_size * len(pool))
+    rest = len(pool) - n_test
+    share = 0.0 if "validation" in given else config.validation_size
+    if config.train_size is None:
+        n_validation = round(share * rest)
         n_train = rest - n_validation
     else:
-        ratio = validation_size / (1 - validation_size)
-        n_train, n_validation = train_size, round(train_size * ratio)
+        ratio = share / (1 - share)
+        n_train, n_validation = config.train_size, round(config.train_size * ratio)
         if n_train + n_validation > rest:
             most = next(n for n in range(rest, -1, -1) if n + round(n * ratio) <= rest)
             raise CompareError(
-                f"train_size must be at most {most}; got {train_size}. Of {total} rows of "
-                f"{dataset.name}, {n_test} are for test, and {train_size} training rows need "
-                f"{n_validation} for validation (validation_size {validation_size})."
+                f"train_size must be at most {most}; got {n_train}. Of {len(pool)} rows of "
+                f"{dataset.name} to draw from, {n_test} are for test, and {n_train} training rows "
+                f"need {n_validation} for validation (validation_size {share})."
             )
-    sizes = {"training": n_train, "validation": n_validation, "test": n_test}
-    for name, size in sizes.items():
+    drawn = {"training": n_train}
+    if "validation" not in given:
+        drawn["validation"] = n_validation
+    if "test" not in given:
+        drawn["test"] = n_test
+    for name, size in drawn.items():
         if size < k:
+            sizes = ", ".join(f"{name} {size}" for name, size in drawn.items())
             raise CompareError(
                 f"{dataset.name} has {k} classes, so each part needs at least {k} rows; the {name} "
-                f"part would have {size} (training {n_train}, validation {n_validation}, test "
-                f"{n_test}). Change train_size, validation_size or test_size."
+                f"part would have {size} ({sizes}). Change train_size, validation_size or "
+                "test_size."
             )
 
-    everything = np.arange(total)
-    remaining, test = _stratified(dataset, everything, (rest, n_test), (seed, _TEST))
-    train, validation = _stratified(dataset, remaining, (n_train, n_validation), (seed, _TRAIN))
-    rows = [train, validation, test]
-    for name, part in zip(sizes, rows, strict=True):
-        absent = np.setdiff1d(dataset.target, dataset.target[part])
+    parts = {}
+    if "test" not in given:
+        pool, parts["test"] = _stratified(dataset, pool, (rest, n_test), (seed, _TEST))
+    if "validation" not in given:
+        parts["training"], parts["validation"] = _stratified(
+            dataset, pool, (n_train, n_validation), (seed, _TRAIN)
+        )
+    else:
+        parts["training"] = _subset(dataset, pool, n_train, (seed, _TRAIN))
+    for name, part in parts.items():
+        absent = np.setdiff1d(np.arange(k), dataset.target[part])
         if absent.size:
             raise _too_rare(dataset, absent, f"the {name} part ({len(part)} rows)")
-    return rows
+    parts |= given
+    return [parts["training"], parts["validation"], parts["test"]]
+
+
+def _subset(dataset: Dataset, rows: Rows, size: int, stream: tuple[int, int]) -> Rows:
+    """So many of the rows, in random order, with their class shares (largest remainders)."""
+    rng = np.random.default_rng(stream)
+    rows = rng.permutation(rows)
+    labels = dataset.target[rows]
+    exact = np.bincount(labels, minlength=len(dataset.classes)) * (size / len(rows))
+    count = np.floor(exact).astype(np.int64)
+    most = np.argsort(count - exact, kind="stable")[: size - count.sum()]
+    count[most] += 1
+    # How many rows of its class come before each row.
+    order = np.argsort(labels, kind="stable")
+    first = np.searchsorted(labels[order], labels[order])
+    before = np.empty(len(rows), np.int64)
+    before[order] = np.arange(len(rows)) - first
+    chosen: Rows = rows[before < count[labels]]
+    return chosen
 
 
 def _stratified(
-    dataset: Dataset,
-    rows: npt.NDArray[np.int64],
-    sizes: tuple[int, int],
-    stream: tuple[int, int],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    dataset: Dataset, rows: Rows, sizes: tuple[int, int], stream: tuple[int, int]
+) -> tuple[Rows, Rows]:
     """Two disjoint subsets of rows, of the given sizes, with the class shares of rows."""
     labels = dataset.target[rows]
     counts = np.bincount(labels, minlength=len(dataset.classes))
@@ -152,7 +176,7 @@ def _stratified(
     return rows[first], rows[second]
 
 
-def _too_rare(dataset: Dataset, codes: npt.NDArray[np.int64], where: str) -> CompareError:
+def _too_rare(dataset: Dataset, codes: Rows, where: str) -> CompareError:
     counts = np.bincount(dataset.target)
     listed = ", ".join(f"{dataset.classes[k]!r} ({counts[k]} rows)" for k in codes[:10])
     return CompareError(
@@ -162,23 +186,26 @@ def _too_rare(dataset: Dataset, codes: npt.NDArray[np.int64], where: str) -> Com
 
 
 def _with_noise(
-    y: npt.NDArray[np.int64], label_noise: float, k: int, seed: int
+    y: npt.NDArray[np.int64], config: Config, k: int, stream: tuple[int, int]
 ) -> npt.NDArray[np.int64]:
-    """Labels of which round(label_noise n) have moved to another of the k classes."""
-    rng = np.random.default_rng((seed, _NOISE))
+    """Labels of which round(label_noise n) have moved to another of the k classes, or to any."""
+    rng = np.random.default_rng(stream)
     # Drawn for all rows first, so that the rows of a smaller noise are among those of a larger one.
-    order, shift = rng.permutation(len(y)), rng.integers(1, k, size=len(y))
-    noisy = order[: round(label_noise * len(y))]
+    least = 1 if config.noise == "other" else 0
+    order, shift = rng.permutation(len(y)), rng.integers(least, k, size=len(y))
+    noisy = order[: round(config.label_noise * len(y))]
     y = y.copy()
     y[noisy] = (y[noisy] + shift[noisy]) % k
     return y
 
 
-def _prepare(
-    dataset: Dataset, rows: Sequence[npt.NDArray[np.int64]], seed: int
-) -> list[npt.NDArray[np.float32]]:
-    """Standardised float32 features of each part, fitted on the first."""
+def _prepare(dataset: Dataset, rows: Sequence[Rows], seed: int) -> Sequence[Inputs]:
+    """The features of each part; numbers standardised, fitted on the first."""
     features = dataset.features
+    if isinstance(features, Images):
+        return [features[part] for part in rows]
+    if isinstance(features, Texts):
+        return [features.take(part) for part in rows]
     parts: Sequence[npt.NDArray[np.floating]]
     if isinstance(features, pd.DataFrame):
         parts = _encode_table(dataset.name, [features.iloc[part] for part in rows], seed)

@@ -6,18 +6,20 @@
     results.json  table.tex  report.html
 
 A file appears under its name only when all of it is on disk, and a run's folder only when all its
-files are; what is being written has a name that starts with ``.partial-``.
+files are; what is being written has a name that starts with ``.partial-``. An unfinished run that
+has written a checkpoint keeps its folder under such a name, and goes on in it the next time.
 """
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -27,7 +29,13 @@ from penex.compare.config import Config
 from penex.compare.data import Dataset
 from penex.compare.errors import CompareError
 
+CHECKPOINT = "resume.ckpt"
+"""In the folder of an unfinished run: all that it needs to go on."""
+
 _PARTIAL = ".partial-"
+_STARTED = "started.json"
+_ID = "????????"
+"""Ends the name of an unfinished run's folder, as a glob pattern."""
 
 
 @contextlib.contextmanager
@@ -111,12 +119,21 @@ def _data(data: dict[str, Any]) -> str:
 
 
 def clear_partial(folder: Path) -> None:
-    """Remove what was being written when a process stopped."""
-    for partial in folder.rglob(f"{_PARTIAL}*"):
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
+    """Remove what was being written when a process stopped, except runs that can go on."""
+    for partial in list(folder.rglob(f"{_PARTIAL}*")):
+        if partial.parent.name.startswith(_PARTIAL):
+            continue  # a part of a run, which is judged as a whole
+        if partial.suffix == ".lock":
+            with _held(partial.with_suffix("")):
+                pass
+        elif partial.is_file():
             partial.unlink(missing_ok=True)
+        else:
+            run = partial.name.removeprefix(_PARTIAL)[: -len(_ID) - 1]
+            with _held(partial) as ours:
+                finished = partial.with_name(run).exists()
+                if ours and (finished or not (partial / CHECKPOINT).exists()):
+                    shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_comparison(folder: Path) -> tuple[Config, dict[str, Any]]:
@@ -142,26 +159,85 @@ def trial_folder(folder: Path, spec: str, trial: int) -> Path:
 
 
 @contextlib.contextmanager
-def new_run(folder: Path) -> Iterator[Path]:
+def new_run(folder: Path, started: object = None) -> Iterator[Path]:
     """A folder to write a run into, which becomes `folder` at the end unless something raises.
+
+    It is the folder of an earlier process that wrote :data:`CHECKPOINT` before it stopped, if there
+    is one of the same `started`; else it is new and empty. If something raises after a checkpoint
+    was written, it stays for a later process. No two processes get the same one: each is locked,
+    and the system lets go of the lock if its holder dies.
 
     If `folder` has appeared meanwhile (by a process that outlived its parent, or where locks do
     not hold), that run stays: it is finished, and its numbers are the same.
+
+    Args:
+        folder: Of the finished run.
+        started: All that decides the run's numbers, in values that JSON has.
     """
-    partial = folder.parent / f"{_PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}"
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in partial.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    started = json.loads(json.dumps(started))
+    with contextlib.ExitStack() as stack:
+        partial = _left_behind(folder, started, stack) or _fresh(folder, started, stack)
         try:
-            partial.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as stream:
+                        os.fsync(stream.fileno())
+            (partial / CHECKPOINT).unlink(missing_ok=True)
+            (partial / _STARTED).unlink(missing_ok=True)
+            try:
+                partial.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+        finally:
+            if not (partial / CHECKPOINT).exists():
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _left_behind(folder: Path, started: object, stack: contextlib.ExitStack) -> Path | None:
+    """The folder of an unfinished run that can go on, held by `stack`; others are removed."""
+    for partial in folder.parent.glob(f"{_PARTIAL}{glob.escape(folder.name)}-{_ID}"):
+        with contextlib.ExitStack() as held:
+            if not held.enter_context(_held(partial)):
+                continue  # somebody is at work in it
+            with contextlib.suppress(OSError, ValueError):
+                same = json.loads((partial / _STARTED).read_text(encoding="utf-8")) == started
+                if same and (partial / CHECKPOINT).exists():
+                    stack.push(held.pop_all())
+                    return partial
+            shutil.rmtree(partial, ignore_errors=True)
+    return None
+
+
+def _fresh(folder: Path, started: object, stack: contextlib.ExitStack) -> Path:
+    partial = folder.with_name(f"{_PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}")
+    stack.enter_context(_held(partial))
+    partial.mkdir()
+    write_json(partial / _STARTED, started)
+    return partial
+
+
+@contextlib.contextmanager
+def _held(partial: Path) -> Iterator[bool]:
+    """Hold an unfinished run's folder, or one to be made; False if another process does.
+
+    The file that is locked goes with the folder.
+    """
+    path = partial.with_name(f"{partial.name}.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not partial.exists():
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 def epochs_done(folders: Iterable[Path], epochs_per_run: int) -> int:
@@ -179,10 +255,17 @@ def epochs_done(folders: Iterable[Path], epochs_per_run: int) -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Write `path` so that it holds either its old content or all of the new one."""
+    with replacing(path) as stream:
+        stream.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose content becomes that of `path` at the end, unless something raises."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with partial.open("wb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)

@@ -1,202 +1,695 @@
-"""One run: a model trained with one loss at one seed, its logits and checkpoints written down.
+"""One run: a network trained with one loss at one seed, its logits and checkpoints written down.
 
-The trainer does not know which loss it has: it gets a criterion, and the factor that makes trained
-logits those of the loss's probabilities.
+The loop does not know which loss it has: it gets a criterion, and the factor that makes trained
+logits those of the loss's probabilities. What is random depends on the seed and the number of the
+epoch alone, never on what happened before, so a run that was stopped goes on from the end of an
+epoch with the numbers it would have had.
 """
 
+import contextlib
+import io
+import itertools
 import logging
+import math
+import os
 import platform
+import random
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
-import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.fabric import Fabric
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+from lightning.pytorch.loggers.wandb import WandbLogger
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
-from penex.compare.config import Config, Task
-from penex.compare.data import Dataset
-from penex.compare.model import mlp
-from penex.compare.registry import contender
-from penex.compare.splits import Part, split
-from penex.compare.store import new_run, write_json
+from penex._extras import need
+from penex.compare.batches import Batches, loader
+from penex.compare.config import Config, Execution, Task
+from penex.compare.dataset import Dataset
+from penex.compare.errors import CompareError
+from penex.compare.images import Images
+from penex.compare.models import resolve, row_shape
+from penex.compare.networks import Normalise, Vocabulary
+from penex.compare.ranks import decided, leads
+from penex.compare.registry import Context, Loss, contender
+from penex.compare.splits import Inputs, Split, split
+from penex.compare.store import CHECKPOINT, new_run, replacing, write_json
+
+CHECKPOINT_SECONDS = 30.0
+"""An unfinished run is saved at the end of an epoch, but not more often than this ..."""
+CHECKPOINT_SHARE = 0.05
+"""... nor so often that saving takes more than this share of the time."""
+EVALUATION_ROWS = {"numbers": 4096, "images": 256, "text": 64}
+"""Rows that go through the network at once where nothing is learnt; of arrays as of images."""
+MEASURING = 2.0
+"""Seconds of training, about, from which the time of an epoch is estimated."""
+MOMENTUM = 0.9
+"""Of SGD."""
+NORM_EVERY = 16
+"""So often, in steps from the start of an epoch, the norm of the gradient is taken for the curve.
+With clipping, which needs it, at every step."""
 
 
-def run(task: Task, config: Config, dataset: Dataset) -> None:
+def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> None:
     """Train, and leave a finished run in `task.folder`.
 
-    At one seed every loss gets the same split, initial weights, order of batches and dropout, so
-    that runs of different losses are paired. One thread per run: the sums, and so the numbers, do
-    not depend on how many runs share the machine.
+    At one seed every loss gets the same split, initial weights, order of batches, augmentation and
+    dropout, so that runs of different losses are paired. One thread per run: the sums, and so the
+    numbers, do not depend on how many runs share the machine.
+
+    Where several devices share the run, every process calls this. A batch is then divided among
+    them, and the mean of its loss is still that over all of its rows.
+
+    Raises:
+        CompareError: The model, the precision or a logger cannot be had here.
     """
+    ready = _prepared(task, config, dataset, execution)
+    learner = ready.learner
+    with contextlib.ExitStack() as stack:
+        started = _started(task, config, dataset)
+        folder = decided(lambda: stack.enter_context(new_run(task.folder, started)))
+        progress = _Progress(folder)
+        progress.resume(learner)
+        loggers = _loggers(execution, task, folder, progress.epoch) if leads() else []
+        for epoch in range(progress.epoch, config.epochs):
+            _seed(task.seed, epoch, learner.fabric.global_rank)
+            begin = time.perf_counter()
+            values = {"train": learner.fit(ready.training, epoch)}
+            seconds = time.perf_counter() - begin
+            values["validation"] = learner.measure(ready.validation)
+            progress.add(learner, values, seconds)
+            for logger in loggers:
+                logger.log_metrics(progress.latest, epoch + 1)
+        for logger in loggers:
+            logger.finalize("success")
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()  # or the next run of this process would go on in it
+        logits = {}
+        for name, snapshot in (("last", learner.snapshot(config.epochs)), ("best", progress.best)):
+            learner.restore(snapshot)
+            for part, batches in (("validation", ready.validation), ("test", ready.test)):
+                logits[f"{part}_{name}"] = learner.logits(batches)
+            if leads():
+                if isinstance(ready.encoder, Vocabulary):
+                    snapshot["vocabulary"] = list(ready.encoder.words)
+                (folder / f"{name}.ckpt").write_bytes(_as_bytes(snapshot))
+        if leads():
+            np.savez(
+                folder / "logits.npz",
+                allow_pickle=False,
+                validation_target=ready.parts.validation[1],
+                test_target=ready.parts.test[1],
+                **logits,
+            )
+            write_json(folder / "run.json", _record(task, learner, progress, ready.parts))
+        decided(stack.close)
+
+
+def measure(spec: str, config: Config, dataset: Dataset, execution: Execution) -> float:
+    """Seconds that the training part of an epoch takes, from a few of its steps."""
+    task = Task(Path(), spec, 0, config.lr_for(spec), contender(spec).untuned)
+    ready = _prepared(task, config, dataset, execution)
+    count = len(ready.training.sampler)
+    batches = min(3, count)
+    for _ in range(2):  # the first time is longer: caches, compilation
+        begin = time.perf_counter()
+        ready.learner.fit(_First(ready.training, batches), 0)
+        if ready.learner.fabric.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = _of_the_leader((time.perf_counter() - begin) / batches)
+        batches = min(count, max(3, math.ceil(MEASURING / seconds)))
+    return seconds * count
+
+
+def _of_the_leader(value: float) -> float:
+    return decided(lambda: value)
+
+
+class _First:
+    """The first batches of a loader."""
+
+    def __init__(self, batches: Any, count: int) -> None:
+        self.sampler, self.batches, self.count = batches.sampler, batches, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.batches, self.count)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """All that a run needs to start."""
+
+    learner: "_Learner"
+    parts: Split
+    encoder: Any
+    training: Any
+    validation: Any
+    test: Any
+
+
+def _prepared(task: Task, config: Config, dataset: Dataset, execution: Execution) -> _Ready:
     torch.set_num_threads(1)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
     _quiet()
-    parts = split(
-        dataset,
-        seed=task.seed,
-        train_size=config.train_size,
-        validation_size=config.validation_size,
-        test_size=config.test_size,
-        label_noise=config.label_noise,
+    fabric = _fabric(config, execution)
+    fabric.launch()
+    parts = split(dataset, seed=task.seed, config=config)
+    architecture = resolve(
+        config.model, dataset, hidden=config.hidden, options=config.model_options
     )
-    loss = contender(task.spec).loss
     torch.manual_seed(task.seed)
-    model = mlp(parts.train[0].shape[1:], config.hidden, len(dataset.classes))
-    classifier = _Classifier(model, loss.build(task.knob), loss.scale(task.knob), task.lr)
-    order = torch.Generator().manual_seed(task.seed)
-    with new_run(task.folder) as folder:
-        curve = _Curve(folder / "curve.csv")
-        best = ModelCheckpoint(
-            folder, filename="best", monitor="validation_nll", save_weights_only=True
+    network, encoder = architecture.build(parts.train[0], len(dataset.classes))
+    order = Batches(
+        len(parts.train[1]),
+        config.batch_size,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+        seed=task.seed,
+    )
+    training = loader(parts.train, order, encoder, execution.workers, fabric.device)
+    flat = encoder is not None or len(row_shape(parts.train[0])) == 1
+    evaluation_rows = EVALUATION_ROWS[architecture.kind if flat else "images"]
+    validation, test = (
+        loader(
+            part,
+            Batches(
+                len(part[1]),
+                evaluation_rows,
+                rank=fabric.global_rank,
+                world=fabric.world_size,
+            ),
+            encoder,
+            execution.workers,
+            fabric.device,
         )
-        trainer = L.Trainer(
-            max_epochs=config.epochs,
-            accelerator="auto",
-            devices=1,
-            callbacks=[curve, best],
-            logger=False,
-            deterministic=True,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            num_sanity_val_steps=0,
-            default_root_dir=folder,
-        )
-        train = _loader(parts.train, config.batch_size, order)
-        try:
-            trainer.fit(classifier, train, _loader(parts.validation, 4096))
-        except SystemExit:  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from None
-        trainer.save_checkpoint(folder / "last.ckpt", weights_only=True)
-        logits = _logits(classifier, parts.validation, parts.test, "last")
-        weights = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
-        classifier.load_state_dict(weights)
-        logits |= _logits(classifier, parts.validation, parts.test, "best")
-        np.savez(
-            folder / "logits.npz",
-            allow_pickle=False,
-            validation_target=parts.validation[1],
-            test_target=parts.test[1],
-            **logits,
-        )
-        write_json(
-            folder / "run.json",
-            {
-                "loss": task.spec,
-                "seed": task.seed,
-                "lr": task.lr,
-                "knob": task.knob if loss.knob else None,
-                "scale": loss.scale(task.knob),
-                "rows": {
-                    name: len(part[1])
-                    for name, part in (
-                        ("train", parts.train),
-                        ("validation", parts.validation),
-                        ("test", parts.test),
-                    )
-                },
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "best_epoch": curve.best_epoch,
-                "validation_nll": curve.best_nll,
-                "seconds_per_epoch": median(curve.seconds),
-                "versions": _versions(),
-            },
-        )
+        for part in (parts.validation, parts.test)
+    )
+    steps = math.ceil(len(order) / config.accumulate)
+    context = Context(len(dataset.classes), steps * config.epochs, steps)
+    learner = _Learner(fabric, network, task, config, context, _augment(config, parts.train[0]))
+    return _Ready(learner, parts, encoder, training, validation, test)
 
 
-class _Classifier(L.LightningModule):
-    def __init__(self, model: nn.Module, criterion: nn.Module, scale: float, lr: float) -> None:
-        super().__init__()
-        self.model = model
-        self.criterion = criterion
-        self.scale = scale
-        self.lr = lr
+class _Learner:
+    """A network with what trains it."""
 
-    def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.model(features)
-        return logits
+    def __init__(
+        self,
+        fabric: Fabric,
+        network: nn.Module,
+        task: Task,
+        config: Config,
+        context: Context,
+        augment: nn.Module | None,
+    ) -> None:
+        self.fabric, self.config, self.context, self.task = fabric, config, context, task
+        self.loss: Loss = contender(task.spec).loss
+        self.scale = self.loss.scale(task.knob, context)
+        self.constrain = self.loss.constrain or (lambda logits: logits)
+        self.augment = augment
+        self.normalise = Normalise()
+        self.criteria = [self._criterion()]
+        self.norms: list[Tensor] = []
+        if fabric.world_size > 1 and fabric.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        self.parameters = sum(p.numel() for p in network.parameters())
+        if config.compile:
+            network.compile()
+        self.network = network
+        # Not by fabric.setup: its wrapper's hooks cost a small network a tenth of its time.
+        self.model = fabric.strategy.setup_module(fabric.to_device(network))
+        # Sharded parameters exist from here on only.
+        self.optimizer = _optimizer(config, network, task.lr)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        features, target = batch
-        logits = self(features)
-        loss: Tensor = self.criterion(logits, target)
-        self._log("train", logits.detach(), target)
-        return loss
+    def _criterion(self) -> nn.Module:
+        criterion = self.loss.build(self.task.knob, self.context).to(self.fabric.device)
+        if self.fabric.world_size > 1:
+            for module in criterion.modules():
+                if hasattr(module, "process_group"):
+                    setattr(module, "process_group", torch.distributed.group.WORLD)  # noqa: B010
+        return criterion
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        features, target = batch
-        self._log("validation", self(features), target)
+    def fit(self, batches: Any, epoch: int) -> "_Tally":
+        """An epoch of training; what the network said of its rows on the way."""
+        order: Batches = batches.sampler
+        order.epoch = epoch
+        every, last = self.config.accumulate, len(order) - 1
+        synchronised = any(hasattr(m, "process_group") for m in self.criteria[0].modules())
+        weights = order.weights(every, synchronised)
+        first = step = epoch * self.context.steps_per_epoch
+        tally = _Tally(self.scale)
+        self.norms = []
+        self.model.train()
+        for index, (inputs, target) in enumerate(self._batches(batches, train=True)):
+            stepping = index % every == every - 1 or index == last
+            with self._unsynchronised(not stepping):
+                heads = self._heads(inputs)
+                own = order.own(index)
+                loss = self._loss(heads, target, own, synchronised)
+                if weights[index] != 1:
+                    loss = loss * weights[index]
+                self.fabric.backward(loss)
+            tally.add(heads[-1].detach(), target, own)
+            if stepping:
+                self._step(step, measured=(step - first) % NORM_EVERY == 0)
+                step += 1
+        self._tell_criteria("after_epoch")
+        return tally
 
-    def _log(self, part: str, logits: Tensor, target: Tensor) -> None:
-        """NLL and accuracy of the loss's own probabilities, averaged over the epoch's rows."""
-        values = {
-            f"{part}_nll": F.cross_entropy(self.scale * logits, target),
-            f"{part}_accuracy": (logits.argmax(1) == target).float().mean(),
+    def _heads(self, inputs: Tensor) -> list[Tensor]:
+        """The network's logits, those that count last."""
+        with self.fabric.autocast():
+            outputs = self.model(inputs)
+        heads = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        return [self.constrain(head.float()) for head in heads]
+
+    def _unsynchronised(self, enabled: bool) -> contextlib.AbstractContextManager[object]:
+        """Between optimiser steps, devices need not know each other's gradients."""
+        if enabled and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _loss(self, heads: list[Tensor], target: Tensor, own: int, synchronised: bool) -> Tensor:
+        """The mean over this device's rows, summed over heads, each with a criterion of its own."""
+        while len(self.criteria) < len(heads):
+            self.criteria.insert(0, self._criterion())
+        if own == 0:  # another device's row stands in, so that all devices do the same
+            if not synchronised:
+                return torch.stack([head.sum() for head in heads]).sum() * 0
+            target = torch.full_like(target, -100)
+        losses = [c(head, target) for c, head in zip(self.criteria, heads, strict=True)]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def gradient_norm(self) -> float:
+        """Mean over steps of the last epoch, of all parameters together, before clipping."""
+        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in self.norms]
+        return float(torch.stack(norms).mean())
+
+    def _step(self, step: int, *, measured: bool) -> None:
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.task.lr * _factor(config, step, self.context)
+        if config.gradient_clip is not None:
+            norm = self.fabric.clip_gradients(
+                self.model,
+                self.optimizer,
+                max_norm=config.gradient_clip,
+                error_if_nonfinite=False,  # a run may diverge; the curve says so
+            )
+            self.norms.append(cast("Tensor", norm))
+        elif measured:
+            self.fabric.strategy.precision.unscale_gradients(self.optimizer)
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            self.norms.append(nn.utils.get_total_norm(gradients))
+        self.fabric.strategy.optimizer_step(self.optimizer)
+        self.optimizer.zero_grad()
+        self._tell_criteria("after_step")
+
+    def _tell_criteria(self, event: str) -> None:
+        for criterion in self.criteria:
+            hook: Callable[[], None] | None = getattr(criterion, event, None)
+            if hook is not None:
+                hook()
+
+    def _batches(self, batches: Any, *, train: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches on the device, as the network takes them."""
+        device = self.fabric.device
+        for batch in batches:
+            if isinstance(batch, CompareError):
+                raise batch
+            inputs, target = (tensor.to(device, non_blocking=True) for tensor in batch)
+            if inputs.dtype == torch.uint8:
+                inputs = inputs.float() / 255
+                if train and self.augment is not None:
+                    inputs = self.augment(inputs)
+                inputs = self.normalise(inputs)
+            yield inputs, target
+
+    @torch.no_grad()
+    def _evaluated(self, batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and targets of this device's rows, batch by batch."""
+        self.model.eval()
+        for index, (inputs, target) in enumerate(self._batches(batches)):
+            own = batches.sampler.own(index)
+            yield self._heads(inputs)[-1][:own], target[:own]
+        for module in self.network.modules():  # or a sharded root would stay whole
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def measure(self, batches: Any) -> "_Tally":
+        """What the network says of other rows."""
+        tally = _Tally(self.scale)
+        for logits, target in self._evaluated(batches):
+            tally.add(logits, target, len(target))
+        return tally
+
+    def logits(self, batches: Any) -> NDArray[np.float32]:
+        """Logits of all rows, in their order; from the leading process only."""
+        own = [logits.cpu().numpy() for logits, _ in self._evaluated(batches)]
+        ranks = _gathered(own)
+        return np.concatenate([part for batch in zip(*ranks, strict=True) for part in batch])
+
+    def snapshot(self, epochs: int) -> dict[str, Any]:
+        """The network and its criterion as they are, copied to the CPU, after so many epochs."""
+        return {
+            "epoch": epochs,
+            "state_dict": _copied(get_model_state_dict(self.network, options=_WHOLE)),
+            "criterion": _copied(self.criteria[-1].state_dict()),
         }
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(target))
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return torch.optim.Adam(self.model.parameters(), lr=self.lr)
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Load the network's weights, which the leading process has."""
+        weights = decided(lambda: snapshot["state_dict"])
+        # A copy, as torch puts the live weights into the dictionary it is given.
+        set_model_state_dict(self.network, dict(weights), options=_WHOLE)
+
+    def state(self) -> dict[str, Any]:
+        """All that training goes on from, besides the network's weights."""
+        return {
+            "optimizer": get_optimizer_state_dict(self.network, self.optimizer, options=_WHOLE),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "criteria": _gathered([criterion.state_dict() for criterion in self.criteria]),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """What :meth:`state` was."""
+        set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"], options=_WHOLE)
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        criteria = state["criteria"][self.fabric.global_rank % len(state["criteria"])]
+        self.criteria = [self._criterion() for _ in criteria]
+        for criterion, values in zip(self.criteria, criteria, strict=True):
+            criterion.load_state_dict(values)
 
 
-class _Curve(Callback):
-    """Writes a line per epoch, and times the training part of it."""
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-    columns = ("train_nll", "train_accuracy", "validation_nll", "validation_accuracy")
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+class _Tally:
+    """NLL and accuracy of the loss's own probabilities, summed over rows."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.waiting_rows = 0
+        self.sums: list[Tensor] = []
+        self.rows = 0
+
+    def add(self, logits: Tensor, target: Tensor, rows: int) -> None:
+        """Count the first `rows` of a batch."""
+        if rows < len(target):
+            logits, target = logits[:rows], target[:rows]
+        self.waiting.append((logits, target))
+        self.waiting_rows += rows
+        if self.waiting_rows >= 4096:  # many batches at once: cheaper than each of them
+            self._count()
+
+    def _count(self) -> None:
+        logits, target = (torch.cat(tensors) for tensors in zip(*self.waiting, strict=True))
+        nll = F.cross_entropy(self.scale * logits, target, reduction="sum")
+        right = (logits.argmax(1) == target).sum()
+        self.sums.append(torch.stack([nll, right]))
+        self.rows += self.waiting_rows
+        self.waiting, self.waiting_rows = [], 0
+
+    def means(self) -> dict[str, float]:
+        """Over the rows of all devices."""
+        if self.waiting:
+            self._count()
+        sums = torch.stack(self.sums).cpu().double().sum(0).tolist() if self.sums else [0.0, 0.0]
+        nll, right, rows = np.sum(_gathered([*sums, self.rows]), axis=0).tolist()
+        return {"nll": nll / rows, "accuracy": right / rows}
+
+
+class _Progress:
+    """The curve, the best epoch, and the file from which an interrupted run goes on."""
+
+    columns = (
+        *("train_nll", "train_accuracy", "validation_nll", "validation_accuracy"),
+        "gradient_norm",
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines: list[str] = []
         self.seconds: list[float] = []
+        self.latest: dict[str, float] = {}
         self.best_epoch: int | None = None
         self.best_nll: float | None = None
-        path.write_text(f"epoch,{','.join(self.columns)},seconds\n", encoding="utf-8")
+        self.best: dict[str, Any] = {}
+        self.saved, self.saving = time.perf_counter(), 0.0
 
-    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.start = time.perf_counter()
+    @property
+    def epoch(self) -> int:
+        """How many are done."""
+        return len(self.lines)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        self.end = time.perf_counter()
+    def add(self, learner: _Learner, tallies: dict[str, _Tally], seconds: float) -> None:
+        """Take note of an epoch, and save everything if it is time."""
+        self.latest = {
+            f"{part}_{name}": value
+            for part, tally in tallies.items()
+            for name, value in tally.means().items()
+        }
+        self.latest["gradient_norm"] = learner.gradient_norm()
+        nll = self.latest["validation_nll"]
+        better = math.isfinite(nll) and (self.best_nll is None or nll < self.best_nll)
+        if better:
+            self.best_epoch, self.best_nll = self.epoch + 1, nll
+        if better or not self.best:
+            self.best = learner.snapshot(self.epoch + 1)
+        values = [*(self.latest[name] for name in self.columns), seconds]
+        self.lines.append(",".join([str(self.epoch + 1), *(f"{value:.6g}" for value in values)]))
+        self.seconds.append(seconds)
+        if leads():
+            with (self.folder / "curve.csv").open("a", encoding="utf-8") as stream:
+                stream.write(f"{self.lines[-1]}\n")
+        now = time.perf_counter()
+        pause = max(CHECKPOINT_SECONDS, self.saving / CHECKPOINT_SHARE)
+        if self.epoch < learner.config.epochs and decided(lambda: now - self.saved >= pause):
+            self.save(learner)
+            self.saved = time.perf_counter()
+            self.saving = self.saved - now
 
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        values = {name: float(trainer.callback_metrics[name]) for name in self.columns}
-        self.seconds.append(self.end - self.start)
-        nll = values["validation_nll"]
-        if np.isfinite(nll) and (self.best_nll is None or nll < self.best_nll):
-            self.best_epoch, self.best_nll = trainer.current_epoch + 1, nll
-        line = ",".join(f"{value:.6g}" for value in (*values.values(), self.seconds[-1]))
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(f"{trainer.current_epoch + 1},{line}\n")
+    def save(self, learner: _Learner) -> None:
+        """Write down all that the run needs to go on."""
+        state = {
+            "lines": self.lines,
+            "seconds": self.seconds,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "best_nll": self.best_nll,
+            "network": learner.snapshot(self.epoch),
+            "learner": learner.state(),
+        }
+        if leads():
+            with replacing(self.folder / CHECKPOINT) as stream:
+                stream.write(_as_bytes(state))
+
+    def resume(self, learner: _Learner) -> None:
+        """Go on from the file, if there is one; begin the curve, as far as it got."""
+        state = decided(lambda: _saved(self.folder / CHECKPOINT))
+        if state is not None:
+            self.lines, self.seconds = state["lines"], state["seconds"]
+            self.best = state["best"]
+            self.best_epoch, self.best_nll = state["best_epoch"], state["best_nll"]
+            learner.restore(state["network"])
+            learner.load_state(state["learner"])
+        if leads():
+            lines = [f"epoch,{','.join(self.columns)},seconds", *self.lines]
+            (self.folder / "curve.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _loader(
-    part: Part, batch_size: int, order: torch.Generator | None = None
-) -> DataLoader[tuple[Tensor, ...]]:
-    """Batches of `part`, shuffled by `order` if given, sliced from memory whole."""
-    rows = TensorDataset(*map(torch.from_numpy, part))
-    sampler = RandomSampler(rows, generator=order) if order is not None else range(len(rows))
-    return DataLoader(rows, sampler=BatchSampler(sampler, batch_size, False), batch_size=None)
+def _fabric(config: Config, execution: Execution) -> Fabric:
+    """Lightning's hand on devices, precision and strategy."""
+    several = execution.devices * execution.nodes > 1
+    sharded = several and execution.strategy == "fsdp"
+    if config.precision == "16-mixed" and not torch.cuda.is_available():
+        raise CompareError(
+            "precision: 16-mixed needs a CUDA device; expected 32-true or bf16-mixed"
+        )
+    if config.precision == "16-mixed" and sharded:
+        raise CompareError("precision: strategy fsdp takes 32-true or bf16-mixed, got 16-mixed")
+    if sharded:
+        strategy: Any = ModelParallelStrategy(
+            _shard,
+            data_parallel_size=execution.devices * execution.nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+        )
+    else:
+        strategy = "ddp" if several else "auto"
+    return Fabric(
+        devices=execution.devices,
+        num_nodes=execution.nodes,
+        strategy=strategy,
+        precision=config.precision,
+        # torchrun starts processes, never Lightning; and one process is no part of a SLURM job.
+        plugins=[TorchElasticEnvironment() if several else LightningEnvironment()],
+    )
 
 
-@torch.no_grad()
-def _logits(
-    classifier: _Classifier, validation: Part, test: Part, epoch: str
-) -> dict[str, NDArray[np.float32]]:
-    classifier.eval()
-    result = {}
-    for name, part in (("validation", validation), ("test", test)):
-        batches = [classifier(x.to(classifier.device)).cpu() for x, _ in _loader(part, 4096)]
-        result[f"{name}_{epoch}"] = torch.cat(batches).numpy()
-    return result
+def _shard(network: nn.Module, mesh: Any) -> nn.Module:
+    """Divide the parameters among devices, those of each layer of a stack together."""
+    for stack in [module for module in network.modules() if isinstance(module, nn.ModuleList)]:
+        for layer in stack:
+            fully_shard(layer, mesh=mesh["data_parallel"])
+    fully_shard(network, mesh=mesh["data_parallel"])
+    return network
+
+
+def _optimizer(config: Config, network: nn.Module, lr: float) -> torch.optim.Optimizer:
+    parameters, decay = network.parameters(), config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr, momentum=MOMENTUM, weight_decay=decay)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr, weight_decay=decay)
+
+
+def _factor(config: Config, step: int, context: Context) -> float:
+    """What the learning rate is multiplied by at an optimiser step, counted from 0."""
+    warmup = config.warmup_epochs * context.steps_per_epoch
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * (step - warmup) / (context.steps_total - warmup))) / 2
+
+
+def _augment(config: Config, inputs: Inputs) -> nn.Module | None:
+    """Random changes to a batch of pixels in [0, 1], each picture its own."""
+    if not config.augment:
+        return None
+    if not isinstance(inputs, Images):
+        raise CompareError("augment: expected images to change; these data are not")
+    need("augment", "data", "kornia")
+    import kornia.augmentation as K
+
+    _, height, width = inputs.shape
+    size = (height, width)
+    changes: dict[str, Callable[[], nn.Module]] = {
+        "flip": lambda: K.RandomHorizontalFlip(),
+        "crop": lambda: K.RandomCrop(size, padding=(height // 8, width // 8)),
+        "resized-crop": lambda: K.RandomResizedCrop(size, scale=(0.8, 1.0)),
+        "rotate": lambda: K.RandomRotation(15.0),
+    }
+    return nn.Sequential(*(changes[name]() for name in config.augment))
+
+
+def _loggers(execution: Execution, task: Task, folder: Path, epoch: int) -> list[Logger]:
+    """Loggers besides curve.csv; a run that goes on does so at `epoch`."""
+    loggers: list[Logger] = []
+    for name in execution.loggers:
+        if find_spec(name) is None:
+            raise CompareError(f"loggers: {name} needs the package {name}: pip install {name}")
+        if name == "tensorboard":
+            loggers.append(TensorBoardLogger(folder, "tensorboard", "", purge_step=epoch + 1))
+        else:
+            about = f"{task.spec}, seed {task.seed}"
+            own = folder.name[-8:]  # the same when the run goes on
+            loggers.append(
+                WandbLogger(about, folder, own, project="penex", group=task.spec, resume="allow")
+            )
+    return loggers
+
+
+def _started(task: Task, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """All that decides the numbers of a run."""
+    return {
+        "config": config.fixed(),
+        "data": dataset.fingerprint,
+        "loss": task.spec,
+        "seed": task.seed,
+        "lr": task.lr,
+        "knob": None if math.isnan(task.knob) else task.knob,
+        "versions": {package: version(package) for package in ("penex", "torch")},
+    }
+
+
+def _record(task: Task, learner: _Learner, progress: _Progress, parts: Split) -> dict[str, Any]:
+    """What run.json says."""
+    return {
+        "loss": task.spec,
+        "seed": task.seed,
+        "lr": task.lr,
+        "knob": task.knob if learner.loss.knob else None,
+        "scale": learner.scale,
+        "rows": {
+            "train": len(parts.train[1]),
+            "validation": len(parts.validation[1]),
+            "test": len(parts.test[1]),
+        },
+        "parameters": learner.parameters,
+        "best_epoch": progress.best_epoch,
+        "validation_nll": progress.best_nll,
+        "seconds_per_epoch": median(progress.seconds),
+        "versions": _versions(),
+    }
+
+
+def _seed(seed: int, epoch: int, rank: int) -> None:
+    """Set every global generator to what it is at the start of this epoch."""
+    state = int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0])
+    torch.manual_seed(state)
+    np.random.seed(state)  # noqa: NPY002  # a user's network may draw from it
+    random.seed(state)
+
+
+def _copied(tensors: dict[str, Any]) -> dict[str, Any]:
+    """On the CPU, in memory of their own."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _saved(path: Path) -> dict[str, Any] | None:
+    """What :meth:`_Progress.save` wrote; None if it did not, or the disk has lost it."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception:  # a damaged archive raises anything from zipfile, pickle and torch
+        path.unlink()
+        return None
+    return state
+
+
+def _as_bytes(state: dict[str, Any]) -> memoryview:
+    """As torch saves it; its own writing to a full disk would not say what is wrong."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getbuffer()
+
+
+def _gathered(value: Any) -> list[Any]:
+    """What each process has."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _versions() -> dict[str, str]:
@@ -210,6 +703,6 @@ def _versions() -> dict[str, str]:
 
 
 def _quiet() -> None:
-    """Keep Lightning's hints, on loaders with worker processes, out of the one display."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    """Keep Lightning's hints out of the one display."""
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")

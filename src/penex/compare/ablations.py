@@ -1,0 +1,357 @@
+r"""The losses that the paper sets PENEX against to show what each part of it is for.
+
+All of them train on the exponential loss :math:`A = \exp(-\alpha f_y)` and differ in what keeps the
+logits :math:`f \in \mathbb{R}^K` from growing for ever. Below, :math:`p` are the class
+probabilities of one input and :math:`f` is what minimises the expected loss there; :math:`p` must
+be positive in every class, as an exponential loss has no finite minimiser otherwise.
+
+=======================  ==========================================  ===========================
+loss                     minimiser                                   probabilities
+=======================  ==========================================  ===========================
+exponential alone (EX)   none                                        see `exponential_loss`
+CONEX, hard              :math:`(\log p_j - \overline{\log p}) /     softmax(:math:`\alpha f`)
+                         \alpha`
+CONEX, squared penalty   as above, plus a constant                   softmax(:math:`\alpha f`)
+CONEX, augmented         as above, plus a constant                   softmax(:math:`\alpha f`)
+Lagrangian
+LogSumExp penalty        :math:`\log p_j / (1+\alpha)` plus a        softmax(:math:`(1+\alpha) f`)
+                         constant
+linear penalty           :math:`\log(\alpha K p_j / \rho) / \alpha`  softmax(:math:`\alpha f`)
+=======================  ==========================================  ===========================
+
+CONEX is the multi-class exponential loss of Zhu, Zou, Rosset, Hastie, "Multi-class AdaBoost",
+Statistics and Its Interface 2 (2009): :math:`\alpha = 1/(K-1)` under the constraint
+:math:`\sum_j f_j = 0`.
+
+Functions hold the mathematics, modules the state. They take what the comparison gives: logits of
+shape (N, K) and class indices of shape (N); the result is the mean over the batch, 0-d, computed in
+float32, or in float64 if that is the logits' dtype.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from penex._inputs import check_tensors, choice, number, positive, refuse_labels
+from penex.losses import PENEX
+
+START_SENSITIVITY = 1e-6
+"""Where a schedule of the sensitivity starts, as in the authors' study."""
+_NOTHING = torch.iinfo(torch.int64).min
+"""The class index that is ignored: none."""
+
+
+def exponential_loss(input: Tensor, target: Tensor, *, sensitivity: float) -> Tensor:
+    r"""Exponential loss alone, the mean of :math:`\exp(-\alpha f_y)`.
+
+    It falls for ever as all logits grow, so it has no minimiser and is not Fisher consistent. What
+    can be said is where gradient descent takes logits that start at 0 and are free of each other
+    (derived): gradient flow for a time t gives :math:`e^{\alpha f_j} = 1 + \alpha^2 p_j t`, so
+    softmax(:math:`\alpha f`) tends to :math:`p`.
+
+    Args:
+        input: Logits, floating point, shape (N, K).
+        target: Class indices, integer, shape (N).
+        sensitivity: :math:`\alpha > 0`.
+
+    Returns:
+        The mean, 0-d; infinite where float32 cannot hold it.
+
+    Raises:
+        TypeError: `input` is not floating point, or `target` not integer.
+        ValueError: A shape is another one.
+        IndexError: A class index is out of range.
+    """
+    check_tensors(input, target)
+    if input.ndim != 2 or target.ndim != 1 or target.is_floating_point():
+        raise ValueError(
+            "expected logits of shape (N, K) and class indices of shape (N), "
+            f"got {tuple(input.shape)} and {target.dtype} {tuple(target.shape)}"
+        )
+    logits = _precise(input)
+    try:
+        true = logits.gather(1, target.long().unsqueeze(1))
+    except RuntimeError as error:
+        refuse_labels(target, logits, _NOTHING, error)
+        raise
+    return torch.exp(-sensitivity * true).mean()
+
+
+def sum_to_zero(input: Tensor) -> Tensor:
+    """The constraint of CONEX, hard: the last logit becomes minus the sum of the others.
+
+    Args:
+        input: Logits, shape (..., K), of which the last one is not looked at.
+
+    Returns:
+        Logits of the same shape that sum to zero over the last dimension.
+    """
+    free = input[..., :-1]
+    return torch.cat([free, -free.sum(-1, keepdim=True)], -1)
+
+
+def constraint(input: Tensor) -> Tensor:
+    """How far logits (N, K) are from the constraint of CONEX: their sums, shape (N)."""
+    return _precise(input).sum(1)
+
+
+def squared_penalty(input: Tensor, *, penalty: float) -> Tensor:
+    r"""The textbook's penalty for the constraint :math:`c = \sum_j f_j = 0`.
+
+    The mean of :math:`\tfrac{\rho}{2} c^2`, quadratic in the logits. (The authors' code squares the
+    mean of squares, which is quartic.) Under it :math:`\alpha p_j e^{-\alpha f_j} = \rho c`, the
+    same for every class, at the minimum: softmax(:math:`\alpha f`) is :math:`p` for every
+    :math:`\rho > 0` (derived).
+
+    Args:
+        input: Logits, shape (N, K).
+        penalty: :math:`\rho \ge 0`.
+
+    Returns:
+        The mean, 0-d.
+    """
+    return 0.5 * penalty * constraint(input).square().mean()
+
+
+def augmented_lagrangian(input: Tensor, *, multiplier: float | Tensor, penalty: float) -> Tensor:
+    r"""What an augmented Lagrangian adds for the constraint :math:`c = \sum_j f_j = 0`.
+
+    The mean of :math:`\nu c + \tfrac{\rho}{2} c^2`. At the minimum over the logits
+    :math:`\alpha p_j e^{-\alpha f_j} = \nu + \rho c`, the same for every class, so
+    softmax(:math:`\alpha f`) is :math:`p` for every :math:`\nu` and :math:`\rho > 0` (derived).
+
+    Args:
+        input: Logits, shape (N, K).
+        multiplier: :math:`\nu`, a number or a 0-d tensor, one for all inputs.
+        penalty: :math:`\rho \ge 0`.
+
+    Returns:
+        The mean, 0-d.
+    """
+    return multiplier * constraint(input).mean() + squared_penalty(input, penalty=penalty)
+
+
+def logsumexp_penalty(input: Tensor, *, penalty: float) -> Tensor:
+    r"""The mean of :math:`\rho \log \sum_j \exp f_j`, in the place of PENEX's SumExp.
+
+    With the exponential loss it is minimised by
+    :math:`f_j = \frac{\log p_j}{1+\alpha} + \frac1\alpha \log \frac{\alpha T}{\rho}`,
+    :math:`T = \sum_k p_k^{1/(1+\alpha)}` (derived): softmax(:math:`(1+\alpha) f`) is :math:`p` for
+    every :math:`\rho`, as with SumExp, but the loss couples the classes, and the constant, of order
+    :math:`\log(\alpha/\rho)/\alpha`, runs far out for a small :math:`\alpha`.
+
+    Args:
+        input: Logits, shape (N, K).
+        penalty: :math:`\rho > 0`.
+
+    Returns:
+        The mean, 0-d.
+    """
+    return penalty * _precise(input).logsumexp(1).mean()
+
+
+def linear_penalty(input: Tensor, *, penalty: float) -> Tensor:
+    r"""The mean of :math:`\tfrac{\rho}{K} \sum_j f_j`: CONEX's Lagrangian with a fixed multiplier.
+
+    With the exponential loss it is minimised by :math:`f_j = \log(\alpha K p_j / \rho) / \alpha`
+    (derived), so softmax(:math:`\alpha f`) is :math:`p` for every :math:`\rho`. Where a class has
+    probability zero, and so on any finite sample with a network large enough, it is unbounded
+    below.
+
+    Args:
+        input: Logits, shape (N, K).
+        penalty: :math:`\rho > 0`.
+
+    Returns:
+        The mean, 0-d.
+    """
+    return penalty * _precise(input).mean()
+
+
+def scheduled_sensitivity(
+    step: int, *, steps: int, start: float, target: float, shape: str
+) -> float:
+    r"""The sensitivity of a training step: `start` at the first, exactly `target` at the last.
+
+    Args:
+        step: How many steps are done, >= 0; beyond the run it stays at `target`.
+        steps: Of the run, >= 1. A run of one step has the target throughout.
+        start: :math:`\alpha > 0` of the first step.
+        target: :math:`\alpha > 0` of the last step.
+        shape: ``"linear"``, or ``"cosine"``: half a period, flat at both ends.
+
+    Returns:
+        The sensitivity.
+    """
+    if step >= steps - 1:
+        return target
+    progress = step / (steps - 1)
+    if shape == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return start + (target - start) * progress
+
+
+class ExponentialLoss(nn.Module):
+    """:func:`exponential_loss` as a module: EX, or CONEX where the logits sum to zero.
+
+    Args:
+        sensitivity: As there.
+    """
+
+    def __init__(self, sensitivity: float) -> None:
+        super().__init__()
+        self.sensitivity = positive("sensitivity", sensitivity)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return exponential_loss(input, target, sensitivity=self.sensitivity)
+
+    def extra_repr(self) -> str:
+        return f"sensitivity={self.sensitivity:g}"
+
+
+class _Penalized(ExponentialLoss):
+    """The exponential loss with a penalty of constant strength."""
+
+    def __init__(self, sensitivity: float, penalty: float) -> None:
+        super().__init__(sensitivity)
+        self.penalty = number("penalty", penalty, 0.0, math.inf)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, penalty={self.penalty:g}"
+
+
+class SquaredPenaltyLoss(_Penalized):
+    """CONEX with :func:`squared_penalty`.
+
+    Args:
+        sensitivity: As in :func:`exponential_loss`.
+        penalty: As in :func:`squared_penalty`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input, target) + squared_penalty(input, penalty=self.penalty)
+
+
+class LogSumExpPenaltyLoss(_Penalized):
+    """The exponential loss with :func:`logsumexp_penalty`.
+
+    Args:
+        sensitivity: As in :func:`exponential_loss`.
+        penalty: As in :func:`logsumexp_penalty`. The default is that of the authors' code.
+    """
+
+    def __init__(self, sensitivity: float, penalty: float = 1.0) -> None:
+        super().__init__(sensitivity, penalty)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input, target) + logsumexp_penalty(input, penalty=self.penalty)
+
+
+class LinearPenaltyLoss(_Penalized):
+    r"""The exponential loss with :func:`linear_penalty`.
+
+    Args:
+        sensitivity: As in :func:`exponential_loss`.
+        penalty: As in :func:`linear_penalty`. None: :math:`\alpha`, with which logits of 0, the
+            uniform prediction, neither rise nor fall together.
+    """
+
+    def __init__(self, sensitivity: float, penalty: float | None = None) -> None:
+        super().__init__(sensitivity, sensitivity if penalty is None else penalty)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input, target) + linear_penalty(input, penalty=self.penalty)
+
+
+class AugmentedLagrangianLoss(_Penalized):
+    r"""CONEX with :func:`augmented_lagrangian`, and the multiplier that goes with it.
+
+    After every epoch the dual step of the textbook, :math:`\nu \leftarrow \nu + \rho\, \bar c`,
+    with the mean of the constraint over the rows seen in training since the last one. (In the
+    authors' code the step is taken after every batch and divided by a second hyperparameter.) The
+    multiplier starts at 0. It and the sums for the next step are buffers. Under several ranks each
+    has its own multiplier, whose average is what their averaged gradients follow.
+
+    Args:
+        sensitivity: As in :func:`exponential_loss`.
+        penalty: :math:`\rho`, of the penalty and of the dual step.
+    """
+
+    multiplier: Tensor
+    total: Tensor
+    rows: Tensor
+
+    def __init__(self, sensitivity: float, penalty: float) -> None:
+        super().__init__(sensitivity, penalty)
+        for name in ("multiplier", "total", "rows"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.total += constraint(input.detach()).sum()
+            self.rows += len(input)
+        return super().forward(input, target) + augmented_lagrangian(
+            input, multiplier=self.multiplier, penalty=self.penalty
+        )
+
+    def after_epoch(self) -> None:
+        """The dual step; nothing if no row was seen."""
+        self.multiplier += self.penalty * self.total / self.rows.clamp(min=1)
+        self.total.zero_()
+        self.rows.zero_()
+
+
+class ScheduledPENEX(PENEX):
+    r"""PENEX whose sensitivity grows during training, by :func:`scheduled_sensitivity`.
+
+    The last step is taken at the target, so the probabilities are softmax(:math:`(1+\alpha) f`)
+    with :math:`\alpha` the target. (In the authors' code every step scales the value that the one
+    before left, which ends at 1e-6 after two of them.)
+
+    The number of steps done is the buffer ``step``.
+
+    Args:
+        target: As in :func:`scheduled_sensitivity`, like the other arguments.
+        steps: As there.
+        start: As there.
+        shape: As there.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self, target: float, *, steps: int, start: float = START_SENSITIVITY, shape: str = "linear"
+    ) -> None:
+        super().__init__(sensitivity=target)
+        self.target = self.sensitivity
+        self.start = positive("start", start)
+        self.steps = int(number("steps", steps, 1, math.inf))
+        self.shape = choice("shape", shape, ("linear", "cosine"))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_resumed)  # type: ignore[no-untyped-call]
+        self._set(0)
+
+    def after_step(self) -> None:
+        """Count an optimiser step and set the sensitivity of the next."""
+        self._set(self.done + 1)
+
+    def _set(self, done: int) -> None:
+        self.done = done  # beside the buffer, as reading that from a GPU waits for it
+        self.step.fill_(done)
+        self.sensitivity = scheduled_sensitivity(
+            done, steps=self.steps, start=self.start, target=self.target, shape=self.shape
+        )
+
+    def extra_repr(self) -> str:
+        return f"target={self.target:g}, steps={self.steps}, shape={self.shape!r}"
+
+
+def _resumed(criterion: ScheduledPENEX, keys: object) -> None:
+    """After loading: the schedule goes on where it stopped."""
+    criterion._set(int(criterion.step))
+
+
+def _precise(input: Tensor) -> Tensor:
+    """In float32 at least."""
+    return input if input.dtype == torch.float64 else input.float()

@@ -1,0 +1,100 @@
+"""Independent pieces of work side by side, on processes of this machine or on a Ray cluster."""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from penex.compare.config import Execution
+from penex.compare.errors import CompareError
+from penex.compare.ranks import world
+
+Each = Callable[[Callable[..., Any], Sequence[Any]], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes that work for us."""
+
+    jobs: int
+    """How many pieces at a time."""
+    each: Each
+    """``each(work, items)``: what ``work(item, *shared)`` returns for the items, as they finish."""
+
+
+@contextlib.contextmanager
+def workers(execution: Execution, folder: Path, *shared: Any) -> Iterator[Workers]:
+    """Processes that work for as long as the context is open.
+
+    Args:
+        execution: How many, and where.
+        folder: The output folder, which must be the same one for all of them.
+        shared: What every piece of work needs, sent once to each host.
+
+    Raises:
+        CompareError: They cannot be had, or do not see `folder`.
+    """
+    if world() != execution.devices * execution.nodes:
+        raise CompareError(
+            f"devices: {execution.devices} on each of {execution.nodes} machine(s) were asked "
+            f"for, but there are {world()} processes; start them with torchrun"
+        )
+    if execution.backend == "ray":
+        if world() > 1:
+            raise CompareError("backend: a run over several devices has them all; leave out ray")
+        from penex.compare.cluster import cluster
+
+        with cluster(execution, folder, shared) as (jobs, each):
+            yield Workers(jobs, each)
+    else:
+        jobs = 1 if world() > 1 else execution.jobs or int(joblib.cpu_count())
+        yield Workers(jobs, functools.partial(_each, jobs, shared))
+
+
+def _each(
+    jobs: int, shared: tuple[Any, ...], work: Callable[..., Any], items: Sequence[Any]
+) -> Iterator[Any]:
+    """On local processes; on any exception they are stopped first."""
+    if not items:
+        return
+    parallel = joblib.Parallel(min(jobs, len(items)), return_as="generator_unordered", batch_size=1)
+    calls = (joblib.delayed(_attended)(work, item, *shared) for item in items)
+    with contextlib.closing(parallel(calls)) as results:
+        try:
+            yield from results
+        except TerminatedWorkerError:
+            raise CompareError(
+                "jobs: the system ended a worker process, as a rule because memory ran out. "
+                "Finished runs are kept; the same command with fewer --jobs continues."
+            ) from None
+
+
+def _attended(work: Callable[..., Any], *arguments: Any) -> Any:
+    _follow_the_parent()
+    return work(*arguments)
+
+
+@functools.cache  # once per process
+def _follow_the_parent() -> None:
+    """In a worker: leave Ctrl-C, which reaches all processes, to the parent; end when it ends."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent.pid:
+            time.sleep(0.5)
+        os._exit(1)  # the parent was killed: nobody waits for this run
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,139 @@
+"""A preset from facts to figures: its comparisons, its report, and its numbers beside the paper's.
+
+out/
+<experiment>/        a comparison's folder, for each experiment, with published.json
+figures/             the preset's figures
+reproduction.json    what was reproduced, and where it differs from the paper
+report.html ...      of several experiments together
+data/                what --smoke made up, where no data was given
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from penex.compare import figures, report
+from penex.compare.config import Config, Execution
+from penex.compare.display import Display
+from penex.compare.presets import Preset, preset
+from penex.compare.ranks import leads
+from penex.compare.robustness import STEPS, attack
+from penex.compare.runner import compare
+from penex.compare.samples import SAMPLES, sample
+from penex.compare.store import room, write_json
+
+FILE = "reproduction.json"
+_DATA = (".parquet", ".npz", ".csv")
+TRIAL: dict[str, Any] = {
+    "radii": {"linf": (8 / 255,)},
+    "rows": 8,
+    "steps": dict.fromkeys(STEPS, 3),
+}
+"""How --smoke attacks."""
+
+
+def reproduce(
+    name: str,
+    configs: dict[str, Config],
+    folder: Path,
+    *,
+    smoke: bool = False,
+    data_dir: Path | None = None,
+    execution: Execution,
+    display: Display,
+) -> dict[str, dict[str, Any]]:
+    """Run what is missing of a preset in `folder`, and report what is there.
+
+    Args:
+        name: Of the preset.
+        configs: Its experiments, of :meth:`~penex.compare.presets.Preset.configs`.
+        folder: New, or of the same preset and settings.
+        smoke: Whether missing data may be made up, and attacks be short.
+        data_dir: A folder with the files of the data set, or with a folder of them by the data
+            set's name.
+        execution: Where, and how many runs at a time.
+        display: Where progress is shown.
+
+    Returns:
+        The content of results.json by experiment; nothing on a process that does not lead.
+
+    Raises:
+        CompareError: As :func:`~penex.compare.runner.compare`. What was finished stays, and the
+            same call continues.
+    """
+    facts = preset(name)
+    folders = {experiment: folder / experiment for experiment in configs}
+    for experiment, config in configs.items():
+        where = _data_folder(config, folder, data_dir, smoke)
+        located = config.model_copy(update={"data_dir": None if where is None else str(where)})
+        compare(located, folders[experiment], execution=execution, display=display)
+    if not leads():
+        return {}
+    results = {}
+    for experiment, own in folders.items():
+        if "robustness" in facts.figures:
+            attack(own, say=display.finished, **(TRIAL if smoke else {}))
+        with room(own):
+            write_json(own / "published.json", _published(facts, experiment, configs[experiment]))
+        results[experiment] = report.write(own)
+    several = list(folders.values())
+    if len(several) > 1:
+        report.merge(several, folder)
+    with room(folder):
+        record = {
+            "preset": name,
+            "title": facts.title,
+            "paper": facts.paper,
+            "smoke": smoke,
+            "experiments": list(configs),
+            "figures": _figures(facts, several, folder / "figures"),
+            "deviations": list(facts.deviations),
+        }
+        write_json(folder / FILE, record)
+    return results
+
+
+def _data_folder(config: Config, folder: Path, data_dir: Path | None, smoke: bool) -> Path | None:
+    """Where the files of the data set are; None: where they are by themselves."""
+    if config.data not in SAMPLES:
+        return None
+    name = config.data.rpartition("/")[2]
+    if data_dir is not None:
+        named = data_dir / name
+        if named.is_dir():
+            return named
+        if not smoke or any(path.suffix in _DATA for path in data_dir.iterdir()):
+            return data_dir
+    if not smoke:
+        return None
+    made_up = folder / "data" / name
+    sample(config.data, made_up)
+    return made_up
+
+
+def _published(facts: Preset, experiment: str, config: Config) -> list[dict[str, Any]]:
+    """The published numbers of an experiment's losses, as the report reads them."""
+    return [
+        {
+            "loss": one.loss,
+            "metric": "validation_nll",
+            "at": one.epoch,
+            "value": one.value,
+            "source": one.source,
+        }
+        for one in facts.published
+        if one.experiment == experiment and one.loss in config.losses
+    ]
+
+
+def _figures(facts: Preset, folders: Sequence[Path], into: Path) -> dict[str, str]:
+    """Draw the preset's figures; by name the file, or why there is none."""
+    comparisons = figures.gather(folders)
+    drawn = {}
+    for name in facts.figures:
+        try:
+            figures.save(name, comparisons, into / f"{name}.png")
+            drawn[name] = f"{into.name}/{name}.png"
+        except figures.NothingToShowError as error:
+            drawn[name] = str(error)
+    return drawn

@@ -1,0 +1,157 @@
+"""Tables: CSV, TSV or Parquet with the name of the target column, and perhaps of a text column.
+
+Reading decides what a column *is* (number, date, text) from the whole file; every statistic is
+fitted later, on training rows only (see :mod:`penex.compare.splits`).
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from penex.compare.dataset import (
+    UNREADABLE,
+    Content,
+    Texts,
+    did_you_mean,
+    encode_labels,
+    listed,
+    must_exist,
+    unreadable,
+)
+from penex.compare.errors import CompareError
+
+SEPARATORS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
+
+
+def read_table(path: Path, ending: str, target: str | None, text: str | None) -> Content:
+    """Columns beside `target` as features: all of them, typed; or the text of one.
+
+    Raises:
+        CompareError: The file cannot be read, or has no such columns.
+    """
+    must_exist(path)
+    try:
+        names, frame = (
+            _read_parquet(path) if ending == ".parquet" else _read_text(path, ending, text)
+        )
+    except (*UNREADABLE, pd.errors.ParserWarning) as error:
+        expected = "a Parquet file" if ending == ".parquet" else f"a {ending} table in UTF-8"
+        raise unreadable(path, expected, error) from error
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise CompareError(
+            f"{path}: column names must differ, but {listed(repeated)} come(s) more than once."
+        )
+    columns = f"its columns are {listed(names)}"
+    if target is None:
+        raise CompareError(f"{path} is a table: name the column to predict (target); {columns}.")
+    for name in (target, text):
+        if name is not None and name not in frame.columns:
+            hint = did_you_mean(name, names)
+            raise CompareError(f"{path} has no column {name!r}; {columns}.{hint}")
+    if text == target:
+        raise CompareError(f"{path}: target and text are the same column, {text!r}.")
+    labels = frame.pop(target)
+    if frame.empty:
+        what = "rows below its header" if frame.shape[1] else f"feature columns beside {target!r}"
+        raise CompareError(f"{path} has no {what}; nothing to learn from.")
+    features = _typed(frame, path) if text is None else texts(frame[text], str(path))
+    return Content(features, *encode_labels(labels, str(path)))
+
+
+def texts(column: "pd.Series[str]", source: str) -> Texts:
+    """A text column as it stands; refuses gaps, and what is no text."""
+    kind = pd.api.types.infer_dtype(column, skipna=True)
+    if kind not in ("string", "empty"):
+        raise CompareError(f"{source}: column {column.name!r} holds {kind} values, not texts.")
+    blank = int((column.isna() | (column.str.strip() == "")).sum())
+    if blank:
+        raise CompareError(
+            f"{source}: the text in column {column.name!r} is missing in {blank} of {len(column)} "
+            "rows. Fill it in or remove the rows."
+        )
+    return Texts(column.tolist())
+
+
+def _read_text(path: Path, ending: str, text: str | None) -> tuple[list[str], pd.DataFrame]:
+    """Header as written, and content, of a CSV or TSV file in UTF-8."""
+    with warnings.catch_warnings():
+        # Rows longer than the header would lose their last fields with no more than this warning.
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        # The header apart, because pandas renames what comes twice ("a", "a.1").
+        separator = SEPARATORS[ending]
+        header = pd.read_csv(
+            path, sep=separator, index_col=False, header=None, nrows=1, dtype=str, na_filter=False
+        )
+        frame = pd.read_csv(path, sep=separator, index_col=False, low_memory=False)
+        if text in frame.columns:
+            # As it is written: "None", "NA" and "12" are texts too.
+            frame[text] = pd.read_csv(
+                path, sep=separator, index_col=False, usecols=[text], dtype=str, na_filter=False
+            )[text]
+    written = [str(name) for name in header.iloc[0]]
+    first = frame.iloc[:, 0]
+    if not written[0] and first.is_unique and pd.api.types.is_integer_dtype(first):
+        # Row numbers, as pandas writes them; in a file sorted by class they would give it away.
+        written, frame = written[1:], frame.iloc[:, 1:]
+    # A blank name is no name; pandas calls such columns "Unnamed: <number>".
+    return [name or str(column) for name, column in zip(written, frame, strict=True)], frame
+
+
+def _read_parquet(path: Path) -> tuple[list[str], pd.DataFrame]:
+    """Column names and content of a Parquet file; a named index is a column like the others."""
+    names = [str(name) for name in pq.read_schema(path).names]
+    if len(set(names)) < len(names):
+        return names, pd.DataFrame()  # pyarrow cannot read it, the caller refuses it
+    frame = pd.read_parquet(path, engine="pyarrow")
+    frame = frame.reset_index(drop=all(name is None for name in frame.index.names))
+    frame.columns = pd.Index([str(name) for name in frame.columns])
+    return list(frame.columns), frame
+
+
+def _typed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Columns as float64, dates or text; refuses what is none of these, and infinite numbers."""
+    # Half a second and 50 MB that the other sources need not pay in every process.
+    from skrub import Cleaner
+
+    for name in frame.columns:
+        kind = pd.api.types.infer_dtype(frame[name], skipna=True)
+        if kind in ("mixed", "bytes", "complex"):
+            sample = frame[name].dropna().iloc[0]
+            raise CompareError(
+                f"{path}: column {name!r} holds values such as {type(sample).__name__} "
+                f"({kind}); expected numbers, text or dates. Remove or convert it."
+            )
+        if kind == "timedelta64":
+            frame[name] = frame[name].dt.total_seconds()
+        elif kind in ("boolean", "decimal", "empty") or pd.api.types.is_numeric_dtype(frame[name]):
+            frame[name] = frame[name].to_numpy(dtype=np.float64, na_value=np.nan)
+
+    others = frame.columns[frame.dtypes != np.float64]
+    if len(others):
+        # Missing-value words become missing, date strings dates; None: keep columns without values.
+        cleaned = Cleaner(drop_null_fraction=None).fit_transform(frame[others])
+        for name in others:
+            frame[name] = _as_number(cleaned[name])
+
+    for name in frame.columns[frame.dtypes == np.float64]:
+        with np.errstate(over="ignore"):
+            infinite = int(np.isinf(frame[name].to_numpy().astype(np.float32)).sum())
+        if infinite:
+            raise CompareError(
+                f"{path}: column {name!r} must be finite; {infinite} of its values are infinite "
+                "or beyond 3.4e38. Replace them or leave them empty (missing)."
+            )
+    return frame
+
+
+def _as_number(column: pd.Series) -> pd.Series:
+    """A text column as float64 if every value in it is a number, else unchanged."""
+    if not (pd.api.types.is_string_dtype(column) or pd.api.types.is_object_dtype(column)):
+        return column
+    try:
+        return pd.to_numeric(column).astype(np.float64)
+    except (ValueError, TypeError):
+        return column

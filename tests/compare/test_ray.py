@@ -1,0 +1,181 @@
+"""The same comparison on a Ray cluster: equal numbers, and whole again after losing a worker."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="needs the extra ray")
+
+from penex.compare.store import read_json, read_logits
+
+PROGRAM = "from penex.cli import main; main()"
+COMMAND = ("compare", "iris", "--losses=cross-entropy,penex", "--seeds=2", "--hidden=32")
+Make = Callable[..., Path]
+
+
+def processes(tree: int) -> dict[int, str]:
+    """Command lines of the living processes below `tree`, and of those in its session (Linux)."""
+    parents, commands, session = {}, {}, set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent, _, own_session = (
+                (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            )
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if state != "Z":
+            number = int(folder.name)
+            parents[number], commands[number] = int(parent), command
+            if int(own_session) == tree:
+                session.add(number)
+
+    def below(number: int) -> bool:
+        return number == tree or (number in parents and below(parents[number]))
+
+    return {n: c for n, c in commands.items() if below(n) or n in session}
+
+
+class OnRay:
+    """The command on a Ray cluster of two workers that it starts for itself."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        arguments = [*COMMAND, *options, "--backend=ray", "--jobs=2", f"--out={folder}"]
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def until_mid_run(self) -> None:
+        """Wait until a run has some of its epochs behind it."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            assert self.popen.poll() is None, self.popen.communicate()
+            for curve in self.folder.glob("runs/*/.partial-*/curve.csv"):
+                try:
+                    if len(curve.read_bytes().splitlines()) > 5:
+                        return
+                except FileNotFoundError:
+                    pass
+            time.sleep(0.01)
+        raise TimeoutError
+
+    def workers(self) -> list[int]:
+        """Processes in which Ray trains just now."""
+        return [n for n, c in processes(self.popen.pid).items() if c.startswith("ray::_here")]
+
+
+@pytest.fixture
+def on_ray() -> Iterator[Callable[..., OnRay]]:
+    started: list[OnRay] = []
+
+    def begin(folder: Path, *options: str) -> OnRay:
+        started.append(OnRay(folder, *options))
+        return started[-1]
+
+    yield begin
+    for run in started:  # only if a test failed half-way
+        if run.popen.poll() is None:
+            os.killpg(run.popen.pid, signal.SIGKILL)
+            run.popen.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_worker_is_replaced_and_the_numbers_are_those_of_a_local_run(
+    on_ray: Callable[..., OnRay], make: Make, tmp_path: Path
+) -> None:
+    run = on_ray(tmp_path / "ray", "--epochs=150")
+    run.until_mid_run()
+    victims = run.workers()
+    assert len(victims) == 2
+    os.kill(victims[0], signal.SIGKILL)
+    out, err = run.popen.communicate(timeout=90)
+    assert run.popen.returncode == 0, err
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[1] == "Training: 0 of 600 epochs done"
+    # Nothing of Ray's own between our lines, nor about the lost worker.
+    expected = [f"{name}, seed {seed}" for seed in (0, 1) for name in ("Cross-entropy", "PENEX")]
+    assert sorted(line.partition(":")[0] for line in lines[2:6]) == sorted(expected)
+    assert lines[6].startswith("Best validation epoch")
+    assert list((tmp_path / "ray").rglob(".shared-*")) == []
+    assert list((tmp_path / "ray").rglob(".partial-*")) == []
+    make(tmp_path / "local", epochs=150, hidden=(32,))
+    for loss in ("cross-entropy", "penex"):
+        for seed in (0, 1):
+            a, b = (
+                read_logits(tmp_path / f / "runs" / loss / f"seed-{seed}") for f in ("ray", "local")
+            )
+            assert a.keys() == b.keys()
+            assert all((a[name] == b[name]).all() for name in a), (loss, seed)
+    assert processes(run.popen.pid) == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
+def test_stopped_it_leaves_no_process(
+    on_ray: Callable[..., OnRay], how: str, tmp_path: Path
+) -> None:
+    run = on_ray(tmp_path / "out", "--epochs=10000")
+    run.until_mid_run()
+    before = processes(run.popen.pid)
+    assert len(before) > 4
+    if how == "Ctrl-C":
+        os.killpg(run.popen.pid, signal.SIGINT)
+        out, err = run.popen.communicate(timeout=30)
+        assert run.popen.returncode == 130
+        assert out.splitlines()[-1].startswith("Stopped.")
+        assert err == ""
+    else:
+        run.popen.kill()
+        run.popen.communicate(timeout=30)
+        # Two idle ones of Ray's look a minute or so for the head they have lost, then end.
+        before = {n: c for n, c in before.items() if not re.match(r"ray::\w+Agent", c)}
+        assert any(command.startswith("ray::_here") for command in before.values())
+    end = time.monotonic() + 15
+    while alive := [n for n in before if Path(f"/proc/{n}/exe").exists()]:
+        assert time.monotonic() < end, [before[number] for number in alive]
+        time.sleep(0.1)
+
+
+def test_refusals_end_as_on_local_processes(tmp_path: Path) -> None:
+    """Of a worker (a precision that this machine does not have), and of a missing cluster."""
+
+    def refused(*options: str) -> str:
+        out = f"--out={tmp_path / 'out'}"
+        own = ("--epochs=2", "--jobs=1", "--backend=ray", out)
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *COMMAND, *own, *options],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == 2, result
+        assert result.stderr.count("\n") == 1, result.stderr
+        return result.stderr
+
+    import torch
+
+    if not torch.cuda.is_available():
+        assert "precision: 16-mixed needs a CUDA device" in refused("--precision=16-mixed")
+    assert "address: no Ray cluster to be had at 127.0.0.1:9" in refused("--address=127.0.0.1:9")
+
+
+def test_a_host_without_the_folder_is_refused(tmp_path: Path) -> None:
+    """What a worker says that does not see the driver's probe file."""
+    from penex.compare.cluster import _here
+    from penex.compare.errors import CompareError
+
+    with pytest.raises(CompareError, match="does not see .*; choose a folder .* share"):
+        _here(tmp_path / "absent" / ".shared-0", [], read_json, None)
