@@ -12,7 +12,7 @@ demo: .venv/.demo  ## Compare five losses on digits (about a minute)
 	$(BIN)/penex compare --out penex-results
 
 test: .venv/.dev  ## The whole test suite, the code blocks of README and docs included
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.dev  ## Style and types
 	$(BIN)/ruff check .
@@ -31,6 +31,7 @@ bench: .venv/.dev  ## Time and memory on the CPU, and docs/performance.md made a
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.page
 
 gpu: .venv/.dev  ## The tests that need a CUDA device, then the benchmarks on it

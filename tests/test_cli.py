@@ -1,5 +1,6 @@
 """The command ``penex``, as a person or a script meets it."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -15,13 +16,19 @@ from sklearn.datasets import load_iris
 from typer.testing import CliRunner, Result
 
 from penex import cli
+from penex.compare.config import Config, Execution
 from penex.compare.registry import DEFAULT_LOSSES
 from penex.compare.store import read_comparison, read_json
 from penex.compare.tables import LEGEND
 
 OPTIONS = (
     *("--data", "--target", "--losses", "--seeds", "--train-size", "--label-noise", "--epochs"),
-    *("--lr", "--batch-size", "--tune", "--jobs", "--out", "--config"),
+    *("--lr", "--batch-size", "--tune", "--jobs", "--out", "--config", "--text", "--classes"),
+    *("--data-dir", "--parts", "--validation-size", "--test-size", "--noise", "--image-size"),
+    *("--augment", "--model", "--hidden", "--optimizer", "--weight-decay", "--schedule"),
+    *("--warmup-epochs", "--gradient-clip", "--accumulate", "--precision", "--compile"),
+    *("--tune-lr", "--tune-at", "--tune-jobs", "--storage", "--backend", "--address", "--devices"),
+    *("--nodes", "--strategy", "--workers", "--logger"),
 )
 SMALL = ("--losses=cross-entropy,penex", "--seeds=2", "--epochs=3", "--jobs=1")
 
@@ -95,6 +102,50 @@ def test_help_of_compare_explains_every_option() -> None:
         *DEFAULT_LOSSES,
     ):
         assert word in text
+
+
+def test_every_setting_has_an_option_or_is_meant_for_the_file() -> None:
+    fields = {f"--{name.replace('_', '-')}" for name in Config.model_fields}
+    fields |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Execution)}
+    fields -= {"--loggers"}  # is --logger
+    in_files = {"--lr-of", "--model-options"}
+    assert fields - set(OPTIONS) == in_files
+    assert set(OPTIONS) - fields == {"--out", "--config", "--logger"}
+
+
+def test_options_reach_the_configuration(tmp_path: Path) -> None:
+    options = (
+        *("--hidden= 8,4", "--optimizer=sgd", "--weight-decay=0.01", "--schedule=cosine"),
+        *("--warmup-epochs=1", "--gradient-clip=0.5", "--accumulate=2", "--precision=bf16-mixed"),
+        *("--no-tune-lr", "--tune-at=last", "--parts=drawn", "--validation-size=0.3"),
+        *("--test-size=0.2", "--classes=setosa, virginica", "--noise=uniform", "--no-compile"),
+    )
+    arguments = ("compare", "iris", *options, "--losses=penex", "--seeds=1", "--epochs=2")
+    result = penex(*arguments, "--jobs=1", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    config, data = read_comparison(tmp_path / "out")
+    assert data["classes"] == ["setosa", "virginica"]
+    assert config == Config(
+        data="iris",
+        classes=("setosa", "virginica"),
+        parts="drawn",
+        validation_size=0.3,
+        test_size=0.2,
+        noise="uniform",
+        hidden=(8, 4),
+        losses=("penex",),
+        seeds=1,
+        epochs=2,
+        accumulate=2,
+        optimizer="sgd",
+        weight_decay=0.01,
+        schedule="cosine",
+        warmup_epochs=1,
+        gradient_clip=0.5,
+        precision="bf16-mixed",
+        tune_lr=False,
+        tune_at="last",
+    )
 
 
 def test_without_a_command_there_is_help() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import penex
-from penex import _fast, _robust
+from penex import _fast, _robust, functional
 
 SHAPES = [(1, 2), (5, 3), (7, 130), (2, 3, 5), (2, 4, 3, 5)]
 
@@ -21,7 +21,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "robust":
         monkeypatch.setattr(_fast, "_safe", lambda *values: False)
     if request.param == "pieces":
-        monkeypatch.setattr(_robust, "PIECE", 6)
+        monkeypatch.setattr(_robust, "PIECE", 48)
     return request.param
 
 
@@ -34,7 +34,7 @@ def batch(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[T
 
 def by_definition(monkeypatch: pytest.MonkeyPatch, logits: Tensor, target: Tensor, **options):
     with monkeypatch.context() as patch:
-        patch.setattr(_fast, "applies", lambda input: False)
+        patch.setattr(functional, "applies", lambda input: False)
         loss = penex.penex_loss(logits, target, **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
 

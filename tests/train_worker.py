@@ -14,6 +14,7 @@ import numpy as np
 from penex.compare.config import Config, Execution, Task
 from penex.compare.dataset import Dataset, Texts
 from penex.compare.images import Images
+from penex.compare.ranks import joined
 from penex.compare.train import run
 
 ROWS = 65
@@ -77,9 +78,10 @@ def train(folder: Path, name: str, execution: Execution) -> None:
 
 
 def main(folder: str) -> None:
-    for name in CASES:
-        train(Path(folder), name, Execution(devices=2, strategy="ddp"))
-    train(Path(folder) / "sharded", "pictures", Execution(devices=2, strategy="fsdp"))
+    with joined():
+        for name in CASES:
+            train(Path(folder), name, Execution(devices=2, strategy="ddp"))
+        train(Path(folder) / "sharded", "pictures", Execution(devices=2, strategy="fsdp"))
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def _sum_powers(input: Tensor, mass: Tensor | None, keep: bool) -> tuple[float, 
     Those of half precision are kept in small batches alone: in float32, to be rounded once.
     """
     keep = keep and (input.dtype.itemsize >= 4 or input.numel() <= SMALL)
-    if input.numel() <= _robust.PIECE:
+    if input.nbytes <= _robust.PIECE:
         powers = _powers(input)
         return _total(powers, mass), powers if keep else None
     kept = torch.empty_like(input) if keep else None

@@ -19,8 +19,8 @@ from penex._penalty import Penalty, PenaltySums, Settled
 
 LOG2E = 1 / math.log(2)
 """e^x is taken as 2^(x LOG2E): torch's exp2 is the faster one on the CPU, see benchmarks."""
-PIECE = 1 << 19
-"""Logits worked on at a time, few enough to stay in the cache."""
+PIECE = 1 << 22
+"""Bytes of logits worked on at a time, few enough to stay in the cache."""
 
 _DENSE = torch._C.DispatchKey.Dense  # what a tensor that stands for a batch of them lacks
 
@@ -216,8 +216,8 @@ def gradient(
 
 
 def pieces(input: Tensor) -> Iterator[slice]:
-    """The rows of `input` in pieces of about PIECE logits."""
-    step = max(PIECE * len(input) // input.numel(), 1)
+    """The rows of `input` in pieces of about PIECE bytes."""
+    step = max(PIECE * len(input) // input.nbytes, 1)
     for start in range(0, len(input), step):
         yield slice(start, start + step)
 

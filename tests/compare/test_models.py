@@ -65,7 +65,9 @@ FITTING: list[tuple[Callable[[], Dataset], str | None, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "name", "options"), FITTING, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("make", "name", "options"), FITTING, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_no_parameter_is_without_gradient(
     make: Callable[[], Dataset], name: str | None, options: dict[str, Any]
 ) -> None:

@@ -153,7 +153,7 @@ def test_refusals_end_as_on_local_processes(tmp_path: Path) -> None:
     """Of a worker (a precision that this machine does not have), and of a missing cluster."""
 
     def refused(*options: str) -> str:
-        out = f"--out={tmp_path / 'out'}"
+        out = f"--out={tmp_path / str(len(options[0]))}"
         own = ("--epochs=2", "--jobs=1", "--backend=ray", out)
         result = subprocess.run(
             [sys.executable, "-c", PROGRAM, *COMMAND, *own, *options],
@@ -169,7 +169,9 @@ def test_refusals_end_as_on_local_processes(tmp_path: Path) -> None:
 
     if not torch.cuda.is_available():
         assert "precision: 16-mixed needs a CUDA device" in refused("--precision=16-mixed")
-    assert "address: no Ray cluster to be had at 127.0.0.1:9" in refused("--address=127.0.0.1:9")
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9"):
+        assert f"address: nothing answers at {address}" in refused(f"--address={address}")
+    assert "address: no Ray cluster to be had at auto" in refused("--address=auto")
 
 
 def test_a_host_without_the_folder_is_refused(tmp_path: Path) -> None:

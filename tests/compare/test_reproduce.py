@@ -13,7 +13,7 @@ from penex.compare.samples import sample
 from penex.compare.store import read_comparison, read_json, run_folder
 
 # A worker each, where there are several: most of the time is theirs.
-EVERY = [pytest.param(name, marks=pytest.mark.xdist_group(f"smoke-{name}")) for name in NAMES]
+EVERY = NAMES
 
 
 def reproduce(*arguments: str | Path) -> Result:

@@ -107,6 +107,102 @@ def test_a_run_that_cannot_be_put_in_place_is_an_error(tmp_path: Path) -> None:
     assert names(tmp_path) == {"seed-0"}
 
 
+def unfinished(folder: Path, started: object, *, checkpoint: bool = True) -> Path:
+    """What a process that was stopped has left of a run."""
+
+    def stop() -> None:
+        with store.new_run(folder, started) as partial:
+            left.append(partial)
+            (partial / "curve.csv").write_text("epoch\n1\n")
+            if checkpoint:
+                (partial / store.CHECKPOINT).write_bytes(b"everything")
+            raise KeyboardInterrupt
+
+    left: list[Path] = []
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    return left[0]
+
+
+def test_a_run_with_a_checkpoint_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "seed-1"
+    left = unfinished(folder, {"lr": 0.1, "hidden": (3, 4)})
+    assert not folder.exists()
+    # Nor is it taken for rubbish, or by a run of a similar name.
+    store.clear_partial(tmp_path)
+    with store.new_run(tmp_path / "runs" / "seed-11", {"lr": 0.1, "hidden": (3, 4)}) as other:
+        assert names(other) == {"started.json"}
+    with store.new_run(folder, {"lr": 0.1, "hidden": (3, 4)}) as partial:
+        assert partial == left
+        assert (partial / store.CHECKPOINT).read_bytes() == b"everything"
+        assert store.epochs_done([folder], 7) == 1
+    assert names(tmp_path) == {"runs/seed-1/curve.csv"}
+
+
+def test_a_run_without_checkpoint_is_begun_anew(tmp_path: Path) -> None:
+    left = unfinished(tmp_path / "seed-1", None, checkpoint=False)
+    assert not left.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [None, "", "{", "[1]"])
+def test_a_checkpoint_of_something_else_is_removed(tmp_path: Path, damage: str | None) -> None:
+    left = unfinished(tmp_path / "seed-1", {"lr": 0.1})
+    if damage is not None:
+        (left / "started.json").write_text(damage)
+    started = {"lr": 0.2 if damage is None else 0.1}
+    with store.new_run(tmp_path / "seed-1", started) as partial:
+        assert names(partial) == {"started.json"}
+        assert not left.exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "seed-1"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from penex.compare import store
+with store.new_run(Path(sys.argv[1]), 1) as partial:
+    (partial / store.CHECKPOINT).write_bytes(b"everything")
+    print(partial.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_processes_never_share_a_run(tmp_path: Path) -> None:
+    folder = tmp_path / "seed-1"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    theirs = tmp_path / holder.stdout.readline().strip()
+    with store.new_run(folder, 1) as ours:
+        assert ours != theirs
+        store.clear_partial(tmp_path)
+        assert theirs.exists()
+        assert ours.exists()
+        (ours / "run.json").write_text("{}")
+    assert (theirs / store.CHECKPOINT).exists()
+    holder.kill()
+    holder.communicate()
+    # The run is finished, so nobody goes on with theirs.
+    store.clear_partial(tmp_path)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_a_killed_process_left_is_free(tmp_path: Path) -> None:
+    folder = tmp_path / "seed-1"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    theirs = tmp_path / holder.stdout.readline().strip()
+    holder.kill()
+    holder.communicate()
+    store.clear_partial(tmp_path)
+    with store.new_run(folder, 1) as ours:
+        assert ours == theirs
+
+
 def test_epochs_behind_us(tmp_path: Path) -> None:
     folders = [store.run_folder(tmp_path, "penex", seed) for seed in (0, 1, 10)]
     assert store.epochs_done(folders, 7) == 0

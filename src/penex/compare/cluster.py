@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import platform
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -21,6 +22,8 @@ from penex.compare.errors import CompareError
 
 RETRIES = 5
 """How often a run is started again after its worker or host was lost."""
+ANSWER = 10.0
+"""Seconds to wait for a cluster to answer."""
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Not to be told at every start that this is about to change.
@@ -47,6 +50,8 @@ def cluster(
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if execution.address is None:
         settings |= {"num_cpus": execution.jobs, "include_dashboard": False}
+    else:
+        _must_answer(execution.address)
     try:
         ray.init(execution.address or "local", **settings)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -69,6 +74,17 @@ def cluster(
             yield places, functools.partial(_each, start, execution.jobs)
     finally:
         ray.shutdown()  # which ends what still runs
+
+
+def _must_answer(address: str) -> None:
+    """Ray itself would try for minutes, and then end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # as in "auto"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
+    except OSError as error:
+        raise CompareError(f"address: nothing answers at {address} ({error})") from None
 
 
 def _each(

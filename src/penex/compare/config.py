@@ -108,7 +108,8 @@ class Execution:
     """Where and how runs are executed: nothing in it decides a number of a single-device run."""
 
     jobs: int | None = 1
-    """Runs at a time; None: as many as there are cores, or places on the cluster."""
+    """Runs at a time; None: one for each core of this machine, one alone if it has a GPU, or as
+    many as there are GPUs (else cores) on the Ray cluster."""
     backend: Literal["local", "ray"] = "local"
     address: str | None = None
     """Of the Ray cluster; None: one started on this machine."""

@@ -45,9 +45,10 @@ def forecast(stages: Sequence[tuple[int, int]], epochs: int, seconds: float) -> 
     if total < WORTH_SAYING:
         return None
     runs, jobs = sum(runs for runs, _ in stages), max(side for _, side in stages)
-    where = f"{jobs} processes" if jobs > 1 else "one process"
+    side = f"{jobs} at a time" if jobs > 1 else "one at a time"
+    work = f"{runs} run{'s' * (runs != 1)} × {epochs} epoch{'s' * (epochs != 1)}"
     each = f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
-    return f"about {duration(total)} ({runs} runs × {epochs} epochs × {each} s on {where})"
+    return f"about {duration(total)} ({work} × {each} s, {side})"
 
 
 def duration(seconds: float) -> str:

@@ -3,10 +3,8 @@
 import contextlib
 import functools
 import multiprocessing
-import os
+import shutil
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from penex.compare.config import Execution
 from penex.compare.errors import CompareError
-from penex.compare.ranks import world
+from penex.compare.ranks import end_with, world
 
 Each = Callable[[Callable[..., Any], Sequence[Any]], Iterator[Any]]
 
@@ -57,8 +55,18 @@ def workers(execution: Execution, folder: Path, *shared: Any) -> Iterator[Worker
         with cluster(execution, folder, shared) as (jobs, each):
             yield Workers(jobs, each)
     else:
-        jobs = 1 if world() > 1 else execution.jobs or int(joblib.cpu_count())
+        jobs = 1 if world() > 1 else execution.jobs or _places()
         yield Workers(jobs, functools.partial(_each, jobs, shared))
+
+
+def _places() -> int:
+    """One for each core; where there is a GPU, all runs would be on that one, so one."""
+    if shutil.which("nvidia-smi") is not None:  # else torch, seconds to import, is not asked
+        import torch
+
+        if torch.cuda.is_available():
+            return 1
+    return int(joblib.cpu_count())
 
 
 def _each(
@@ -88,13 +96,6 @@ def _attended(work: Callable[..., Any], *arguments: Any) -> Any:
 def _follow_the_parent() -> None:
     """In a worker: leave Ctrl-C, which reaches all processes, to the parent; end when it ends."""
     parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent.pid:
-            time.sleep(0.5)
-        os._exit(1)  # the parent was killed: nobody waits for this run
-
-    threading.Thread(target=watch, daemon=True).start()
+    if parent is not None and parent.pid is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        end_with(parent.pid)

@@ -5,8 +5,11 @@ others do what it decided.
 """
 
 import contextlib
+import gc
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -43,6 +46,7 @@ def start(execution: Execution, command: list[str]) -> int:
             "--rdzv-backend c10d --rdzv-endpoint HOST:PORT -m penex.cli ..."
         )
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -51,6 +55,8 @@ def start(execution: Execution, command: list[str]) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode
+    except SignalException:  # passed on to the processes, of which the first has said so
+        return 130
     return 0
 
 
@@ -67,12 +73,26 @@ def joined() -> Iterator[None]:
         return
     import torch
 
+    end_with(os.getppid())
     cuda = torch.cuda.is_available()
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield
     finally:
+        # A sharded network is a cycle that holds the group, which aborts if it outlives this.
+        gc.collect()
         torch.distributed.destroy_process_group()
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent has ended, because it was killed: nobody waits for it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def decided(make: Callable[[], T]) -> T:

@@ -117,12 +117,12 @@ def _foretell(
         left = len(set(stage) - set(finished))
         stages.append((left, max(1, min(pool.jobs, most, left))))
     rows = [len(part) for part in draw_rows(dataset, 0, config)]
-    steps = math.ceil(rows[0] / config.batch_size)
-    small = config.model in (None, "mlp") and not isinstance(dataset.features, Images | Texts)
-    if small and forecast(stages, config.epochs, steps * SURELY_SHORT) is None:
-        return
     seconds = decided(lambda: recorded(finished))
     if seconds is None:
+        steps = math.ceil(rows[0] / config.batch_size)
+        small = config.model in (None, "mlp") and not isinstance(dataset.features, Images | Texts)
+        if small and forecast(stages, config.epochs, steps * SURELY_SHORT) is None:
+            return
         side = max(side for _, side in stages)
         seconds = mean(pool.each(_measure, config.losses[:1] * min(side, MEASURED)))
     line = forecast(stages, config.epochs, seconds_per_epoch(seconds, rows))

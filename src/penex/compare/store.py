@@ -205,6 +205,8 @@ def _left_behind(folder: Path, started: object, stack: contextlib.ExitStack) -> 
             with contextlib.suppress(OSError, ValueError):
                 same = json.loads((partial / _STARTED).read_text(encoding="utf-8")) == started
                 if same and (partial / CHECKPOINT).exists():
+                    for unfinished in partial.glob(f"{_PARTIAL}*"):  # killed while it was written
+                        unfinished.unlink()
                     stack.push(held.pop_all())
                     return partial
             shutil.rmtree(partial, ignore_errors=True)
