@@ -117,7 +117,7 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
     options = (
         *("--hidden= 8,4", "--optimizer=sgd", "--weight-decay=0.01", "--schedule=cosine"),
         *("--warmup-epochs=1", "--gradient-clip=0.5", "--accumulate=2", "--precision=bf16-mixed"),
-        *("--no-tune-lr", "--tune-at=last", "--parts=drawn", "--validation-size=0.3"),
+        *("--no-tune-lr", "--tune-at=last", "--validation-size=0.3"),
         *("--test-size=0.2", "--classes=setosa, virginica", "--noise=uniform", "--no-compile"),
     )
     arguments = ("compare", "iris", *options, "--losses=penex", "--seeds=1", "--epochs=2")
@@ -128,7 +128,6 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
     assert config == Config(
         data="iris",
         classes=("setosa", "virginica"),
-        parts="drawn",
         validation_size=0.3,
         test_size=0.2,
         noise="uniform",

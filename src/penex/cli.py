@@ -45,7 +45,8 @@ DATA, MODEL, TRAINING, TUNING, MACHINES = (
 )
 
 Jobs = Annotated[
-    int | None, typer.Option(help="Runs at a time, one core each. (default: all cores)", min=1)
+    int | None,
+    typer.Option(help="Runs at a time. (default: one for each core; one, on a GPU)", min=1),
 ]
 TuneJobs = Annotated[
     int,

@@ -95,7 +95,7 @@ def on_ray() -> Iterator[Callable[..., OnRay]]:
 def test_a_killed_worker_is_replaced_and_the_numbers_are_those_of_a_local_run(
     on_ray: Callable[..., OnRay], make: Make, tmp_path: Path
 ) -> None:
-    run = on_ray(tmp_path / "ray", "--epochs=150")
+    run = on_ray(tmp_path / "ray", "--epochs=100")
     run.until_mid_run()
     victims = run.workers()
     assert len(victims) == 2
@@ -104,14 +104,14 @@ def test_a_killed_worker_is_replaced_and_the_numbers_are_those_of_a_local_run(
     assert run.popen.returncode == 0, err
     assert err == ""
     lines = out.splitlines()
-    assert lines[1] == "Training: 0 of 600 epochs done"
+    assert lines[1] == "Training: 0 of 400 epochs done"
     # Nothing of Ray's own between our lines, nor about the lost worker.
     expected = [f"{name}, seed {seed}" for seed in (0, 1) for name in ("Cross-entropy", "PENEX")]
     assert sorted(line.partition(":")[0] for line in lines[2:6]) == sorted(expected)
     assert lines[6].startswith("Best validation epoch")
     assert list((tmp_path / "ray").rglob(".shared-*")) == []
     assert list((tmp_path / "ray").rglob(".partial-*")) == []
-    make(tmp_path / "local", epochs=150, hidden=(32,))
+    make(tmp_path / "local", epochs=100, hidden=(32,))
     for loss in ("cross-entropy", "penex"):
         for seed in (0, 1):
             a, b = (

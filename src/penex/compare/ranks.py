@@ -49,7 +49,7 @@ def start(execution: Execution, command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable()  # of torchrun's own: the first of the processes says what there is to say
     try:
         torchrun.main(["--standalone", f"--nproc-per-node={execution.devices}", *command])
     except ChildFailedError as error:
