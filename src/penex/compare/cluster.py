@@ -56,7 +56,8 @@ def cluster(
         ray.init(execution.address or "local", **settings)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise CompareError(
-            f"address: no Ray cluster to be had at {execution.address or 'this machine'}: {error}"
+            f"address: no Ray cluster to be had at {execution.address or 'this machine'}: {error} "
+            "(one that wants a token gets it where RAY_AUTH_MODE=token is set)"
         ) from error
     try:
         with _probe(folder) as probe:
