@@ -287,6 +287,30 @@ def test_claiming_clears_what_was_never_finished(tmp_path: Path) -> None:
     assert not dead.exists()
 
 
+@pytest.mark.parametrize("work", [None, "run.json", store.CHECKPOINT])
+def test_a_folder_changes_hands_unless_there_is_work_in_it(
+    tmp_path: Path, work: str | None
+) -> None:
+    def claim(epochs: int) -> None:
+        config = Config(data="iris", epochs=epochs)
+        store.claim(tmp_path, config, load(config))
+
+    claim(3)
+    (tmp_path / "tuning").mkdir()
+    (tmp_path / "tuning" / "study.journal").write_text("trials of three epochs")
+    if work is not None:
+        left = unfinished(tmp_path / "runs" / "penex" / "seed-0", {"epochs": 3})
+        (left / store.CHECKPOINT).rename(left / work)
+        with pytest.raises(CompareError, match=r"epochs was 3, is 4"):
+            claim(4)
+        assert (left / work).exists()
+        claim(3)
+    else:
+        claim(4)
+        assert not (tmp_path / "tuning").exists()
+        assert store.read_comparison(tmp_path)[0].epochs == 4
+
+
 def test_reading_a_folder_without_comparison(tmp_path: Path) -> None:
     with pytest.raises(CompareError, match="holds no comparison: expected .*comparison.json"):
         store.read_comparison(tmp_path)

@@ -61,6 +61,7 @@ class Config(BaseModel):
     accumulate: Positive = 1
     """Batches to an optimiser step."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """sgd has momentum 0.9."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_epochs: Annotated[int, Field(ge=0)] = 0

@@ -78,6 +78,8 @@ def room(folder: Path) -> Iterator[None]:
 def claim(folder: Path, config: Config, dataset: Dataset) -> None:
     """Make `folder` this comparison's, or check that it is, and clear what was never finished.
 
+    A folder without any work in it may change hands.
+
     Raises:
         CompareError: It belongs to another configuration or other data, or holds something else.
     """
@@ -91,6 +93,10 @@ def claim(folder: Path, config: Config, dataset: Dataset) -> None:
         },
     }
     path = folder / "comparison.json"
+    if path.exists() and not _holds_work(folder):
+        for made in ("runs", "tuning"):
+            shutil.rmtree(folder / made, ignore_errors=True)
+        path.unlink()
     if path.exists():
         config_before, data_before = read_comparison(folder)
         before, now = config_before.fixed(), config.fixed()
@@ -112,6 +118,14 @@ def claim(folder: Path, config: Config, dataset: Dataset) -> None:
         )
     clear_partial(folder)
     write_json(path, described)
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a run is finished there, or got as far as a checkpoint.
+
+    A comparison that was refused or stopped before that leaves nothing that could belong to anyone.
+    """
+    return any(any(folder.rglob(name)) for name in ("run.json", CHECKPOINT))
 
 
 def _data(data: dict[str, Any]) -> str:
