@@ -205,7 +205,7 @@ def stored(storage: str) -> list[optuna.trial.FrozenTrial]:
 
 @pytest.mark.parametrize("kind", ["sqlite:///", "journal://"])
 def test_two_processes_share_a_study_and_one_is_killed(kind: str, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"epochs": 250, "tune": 4})
+    config = CONFIG.model_copy(update={"epochs": 1000, "tune": 4})
     storage = f"{kind}{tmp_path / 'study'}"
     one, other = (Tuning(config, tmp_path / name, storage) for name in ("one", "other"))
     for process in (one, other):

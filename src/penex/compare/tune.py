@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import threading
 import time
@@ -31,6 +32,7 @@ from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError
 
 from penex.compare.config import Config, Execution, Task
 from penex.compare.data import Dataset
@@ -43,6 +45,8 @@ LR_SPAN = 30.0
 """The learning rate is searched from `lr` / LR_SPAN to `lr` * LR_SPAN."""
 BEAT = 15.0
 """Seconds between two signs of life of a trial in a study that is shared."""
+ATTEMPTS = 5
+"""To open a database: of processes that make the same tables at the same time, one succeeds."""
 MISSED = 6
 """After so many missed signs of life a trial is taken to be dead."""
 
@@ -286,11 +290,17 @@ def _storage(folder: Path, url: str | None) -> BaseStorage:
         journal.parent.mkdir(parents=True, exist_ok=True)
         with _stable():
             return JournalStorage(JournalFileBackend(str(journal), _Lock(journal)))
-    try:
-        return RDBStorage(url)
-    except Exception as error:  # of SQLAlchemy, or of the driver for this kind of database
-        hidden = re.sub(r"//[^@/]*@", "//…@", url)  # no password into a log
-        raise CompareError(f"storage: cannot open {hidden}: {error}") from None
+    left = ATTEMPTS
+    while True:
+        try:
+            return RDBStorage(url)
+        except Exception as error:  # of SQLAlchemy, or of the driver for this kind of database
+            left -= 1
+            if left and isinstance(error, DBAPIError):
+                time.sleep(random.uniform(0.2, 1.0))  # noqa: S311
+                continue
+            hidden = re.sub(r"//[^@/]*@", "//…@", url)  # no password into a log
+            raise CompareError(f"storage: cannot open {hidden}: {error}") from None
 
 
 class _Lock(JournalFileOpenLock):
