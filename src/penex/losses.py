@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -80,7 +80,10 @@ class PENEX(_Loss):
             group, and let ``"mean"`` divide by the average of their denominators: the gradients
             that DistributedDataParallel averages are then those of one process with the joined
             batch, however rows are ignored. One collective of three numbers a step; every rank
-            must call the criterion equally often. None: all from the local batch.
+            must call the criterion equally often. ``"world"``: every rank of the job, looked up
+            when a batch comes, so that the criterion can be built before
+            :mod:`torch.distributed` is initialised; without that it is None. None: all from the
+            local batch.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -111,7 +114,7 @@ class PENEX(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: "dist.ProcessGroup | Literal['world'] | None" = None,
     ) -> None:
         super().__init__(weight, ignore_index, reduction, label_smoothing)
         if penalty_mode is None:
@@ -129,6 +132,8 @@ class PENEX(_Loss):
         self.penalty_max = _float32("penalty_max", penalty_max)
         self.ema = number("ema", ema, 0.0, 1.0)
         self.huberization = None if huberization is None else positive("huberization", huberization)
+        if isinstance(process_group, str):
+            choice("process_group", process_group, ("world",))
         self.process_group = process_group
         start = math.nan if penalty is None else penalty
         self.register_buffer("penalty", torch.tensor(start, dtype=torch.float32))
@@ -175,6 +180,13 @@ class PENEX(_Loss):
         return inference.predict_log_proba(input, self.sensitivity, _class_dim(input, dim))
 
 
+def _ranks(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
+    """`group`, or what "world" stands for by now."""
+    if isinstance(group, str):
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return group
+
+
 class _Held:
     """The penalty of a criterion for one batch; in training the batch is absorbed first."""
 
@@ -183,7 +195,7 @@ class _Held:
         self.mode = criterion.penalty_mode
         training = criterion.training and torch.is_grad_enabled()
         self.learning = training and self.mode != "fixed"
-        self.group = criterion.process_group if training else None
+        self.group = _ranks(criterion.process_group) if training else None
         self.local = self.group is None
         self.needs_sums = self.mode != "fixed" or not self.local
         self.bounds = criterion.sensitivity, criterion.penalty_min, criterion.penalty_max

@@ -142,6 +142,7 @@ def _loss(spec: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     who = contender(spec)
     own = [run for run in runs if run["loss"] == spec]
     diverged = sum(run["test"]["last"]["raw"] is None for run in own)
+    seconds = [run["seconds_per_epoch"] for run in own]
     return {
         "spec": spec,
         "label": who.label,
@@ -150,7 +151,7 @@ def _loss(spec: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "lr": own[0]["lr"] if own else None,
         "runs": len(own),
         "diverged": diverged,
-        "seconds_per_epoch": interval([run["seconds_per_epoch"] for run in own]),
+        "seconds_per_epoch": interval(seconds) | {"least": min(seconds, default=None)},
         "best_epoch": [run["best_epoch"] for run in own],
     }
 

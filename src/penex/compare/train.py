@@ -125,7 +125,7 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
                 test_target=ready.parts.test[1],
                 **logits,
             )
-            write_json(folder / "run.json", _record(task, learner, progress, ready.parts))
+            write_json(folder / "run.json", _record(task, ready, progress))
         decided(stack.close)
 
 
@@ -164,6 +164,7 @@ class _Ready:
     """All that a run needs to start."""
 
     learner: "_Learner"
+    model: str
     parts: Split
     encoder: Any
     training: Any
@@ -212,7 +213,7 @@ def _prepared(task: Task, config: Config, dataset: Dataset, execution: Execution
     steps = math.ceil(len(order) / config.accumulate)
     context = Context(len(dataset.classes), steps * config.epochs, steps)
     learner = _Learner(fabric, network, task, config, context, _augment(config, parts.train[0]))
-    return _Ready(learner, parts, encoder, training, validation, test)
+    return _Ready(learner, architecture.name, parts, encoder, training, validation, test)
 
 
 class _Learner:
@@ -630,8 +631,9 @@ def _started(task: Task, config: Config, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _record(task: Task, learner: _Learner, progress: _Progress, parts: Split) -> dict[str, Any]:
+def _record(task: Task, ready: _Ready, progress: _Progress) -> dict[str, Any]:
     """What run.json says."""
+    learner, parts = ready.learner, ready.parts
     return {
         "loss": task.spec,
         "seed": task.seed,
@@ -643,6 +645,7 @@ def _record(task: Task, learner: _Learner, progress: _Progress, parts: Split) ->
             "validation": len(parts.validation[1]),
             "test": len(parts.test[1]),
         },
+        "model": ready.model,
         "parameters": learner.parameters,
         "best_epoch": progress.best_epoch,
         "validation_nll": progress.best_nll,

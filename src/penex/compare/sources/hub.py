@@ -6,6 +6,7 @@ a data set is ever run.
 
 import errno
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,8 @@ def _load(source: str, data_dir: str | None) -> "dict[str, HubDataset]":
         )
     folder = Path(data_dir if hub and data_dir else name).expanduser()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         if hub and not data_dir:
             return dict(datasets.load_dataset(name, configuration or None))
