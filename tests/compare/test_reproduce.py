@@ -131,7 +131,7 @@ def test_the_list() -> None:
     ("arguments", "message"),
     [
         ((), "name a preset, one of cifar10, "),
-        (("cifar01",), "no preset is called 'cifar01'; did you mean cifar10"),
+        (("cifar01",), "no preset is called 'cifar01'. Did you mean 'cifar"),
         (("cifar10", "--smoke", "--losses", "hinge"), "there is no 'hinge' in this preset"),
         (("cifar10", "--data-dir", "."), "holds no Parquet files"),
     ],

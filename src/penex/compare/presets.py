@@ -5,7 +5,6 @@ settings come from four places, the first that has them: the experiment, the dat
 the settings of all experiments, and the defaults of :class:`~penex.compare.config.Config`.
 """
 
-import difflib
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -16,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from penex.compare.config import Config
+from penex.compare.dataset import did_you_mean
 from penex.compare.errors import CompareError
 
 NAMES = (
@@ -142,10 +142,9 @@ def preset(name: str) -> Preset:
         CompareError: There is none.
     """
     if name not in NAMES:
-        close = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
         raise CompareError(
-            f"reproduce: no preset is called {name!r}{hint} Known: {', '.join(NAMES)}."
+            f"reproduce: no preset is called {name!r}.{did_you_mean(name, NAMES)} "
+            f"Known: {', '.join(NAMES)}."
         )
     return Preset(**_read(name))
 
