@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: demo test lint docs results bench gpu lock clean
+.PHONY: demo test lint docs results pictures bench gpu api dist lock clean
 
 demo: .venv/.demo  ## Compare five losses on digits (about a minute)
 	$(BIN)/penex compare --out penex-results
@@ -27,6 +27,9 @@ results: .venv/.dev  ## The numbers and the picture of README and docs, made ane
 	$(BIN)/penex compare --data digits --train-size 300 --label-noise 0.2 --out build/results/digits-noisy
 	$(BIN)/python docs/make_results.py build/results
 
+pictures: .venv/.dev  ## The pictures of "How PENEX works", made anew
+	$(BIN)/python docs/make_pictures.py
+
 bench: .venv/.dev  ## Time and memory on the CPU, and docs/performance.md made anew (some minutes)
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.memory
@@ -41,6 +44,14 @@ gpu: .venv/.dev  ## The tests that need a CUDA device, then the benchmarks on it
 	$(BIN)/python -m benchmarks.memory --device cuda
 	$(BIN)/python -m benchmarks.step --device cuda
 	$(BIN)/python -m benchmarks.page
+
+api: .venv/.dev  ## Accept a change of the public names: tests/api.txt made anew
+	$(BIN)/python tests/test_api.py > tests/api.txt
+
+dist: .venv/.dev  ## Wheel and sdist, checked, into dist
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 lock: .venv/.dev  ## Write the installed versions to constraints.txt
 	( grep '^#' constraints.txt; $(BIN)/python -m pip list --format=freeze --exclude-editable \

@@ -33,8 +33,12 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def build(case: dict[str, Any], group: dist.ProcessGroup) -> penex.PENEX:
+    return penex.PENEX(**case["options"], **({"process_group": group} if case["group"] else {}))
+
+
 def train(case: dict[str, Any], rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
-    criterion = penex.PENEX(**case["options"], process_group=group if case["group"] else None)
+    criterion = build(case, group)
     steps, sizes = [], []
     for step in case["steps"]:
         logits, target = step[rank]
@@ -62,7 +66,7 @@ def train(case: dict[str, Any], rank: int, group: dist.ProcessGroup) -> dict[str
 
 def train_compiled(case: dict[str, Any], rank: int, group: dist.ProcessGroup) -> list[Tensor]:
     """The losses and the penalty of the steps, in one graph with its collective."""
-    criterion = penex.PENEX(**case["options"], process_group=group)
+    criterion = build(case, group)
     compiled = torch.compile(criterion, fullgraph=True, dynamic=True, backend="aot_eager")
     losses = [compiled(step[rank][0].requires_grad_(), step[rank][1]) for step in case["steps"]]
     return [*(loss.detach() for loss in losses), criterion.penalty]
@@ -96,7 +100,8 @@ def main(rank: int, world_size: int, folder: Path) -> None:
             }
             found["wrapped"] = train_wrapped(cases["wrapped"], rank, group)
             if size == world_size:
-                found["compiled"] = train_compiled(cases["losses"]["weighted"], rank, group)
+                for name in ("weighted", "the world"):
+                    found[f"compiled {name}"] = train_compiled(cases["losses"][name], rank, group)
             results[size] = found
     torch.save(results, folder / f"result{rank}")
     dist.barrier()

@@ -1,6 +1,8 @@
 """Several real processes with a process group are one process with the joined batch."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "probabilities": {"weight": WEIGHT, "label_smoothing": 0.1},
 }
 LOCAL = "without a group"
+WORLD = "the world"
 Results = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
@@ -61,6 +64,9 @@ def make_cases(size: int) -> dict[str, Any]:
         for name, options in OPTIONS.items()
     }
     losses[LOCAL] = {"options": {}, "group": False, "steps": make_steps(size)}
+    if size == 3:  # all there are
+        options = {"process_group": "world"}
+        losses[WORLD] = {"options": options, "group": False, "steps": make_steps(size)}
     wrapped = {
         "options": {"weight": WEIGHT},
         "parameters": nn.Linear(CLASSES, CLASSES).double().state_dict(),
@@ -188,12 +194,45 @@ def test_without_a_group_each_rank_is_a_process_of_its_own(results: Results) -> 
     assert not torch.isclose(first, second, rtol=1e-2)
 
 
-def test_compiled_it_is_the_same(started: tuple[dict[int, Any], list[Any]]) -> None:
+def test_the_world_is_every_rank_of_the_job(started: tuple[dict[int, Any], list[Any]]) -> None:
+    cases, ranks = started
+    single = penex.PENEX()
+    for number, step in enumerate(cases[3]["losses"][WORLD]["steps"]):
+        logits, target = joined(step)
+        loss = single(logits.requires_grad_(), target)
+        loss.backward()
+        found = [rank[3][WORLD]["steps"][number] for rank in ranks]
+        for rank in found:
+            close(rank["penalty"], single.penalty)
+        close(torch.cat([rank["gradient"] for rank in found]) / 3, logits.grad)
+
+
+def test_without_a_job_the_world_is_this_process() -> None:
+    original = penex.PENEX(process_group="world")
+    copies = [copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
+    compiled = torch.compile(copy.deepcopy(original), fullgraph=True, backend="aot_eager")
+    ((logits, target),) = make_steps(1)[0]
+    expected = penex.PENEX()
+    value = expected(logits.requires_grad_(), target)
+    for criterion in (original, *copies, compiled):
+        close(criterion(logits, target), value)
+        close(criterion.penalty, expected.penalty)
+    for criterion in copies:
+        assert criterion.process_group == "world"
+
+
+def test_a_word_that_is_no_group_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"process_group: expected one of 'world', got 'all'"):
+        penex.PENEX(process_group="all")
+
+
+@pytest.mark.parametrize("name", ["weighted", WORLD])
+def test_compiled_it_is_the_same(started: tuple[dict[int, Any], list[Any]], name: str) -> None:
     _, ranks = started
     for rank in ranks:
-        steps = rank[3]["weighted"]["steps"]
+        steps = rank[3][name]["steps"]
         expected = [*(step["loss"] for step in steps), steps[-1]["penalty"]]
-        for got, exact in zip(rank[3]["compiled"], expected, strict=True):
+        for got, exact in zip(rank[3][f"compiled {name}"], expected, strict=True):
             close(got, exact)
 
 

@@ -30,3 +30,10 @@ def test_results_are_a_whole_comparison(name: str) -> None:
     results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
     assert [loss["spec"] for loss in results["losses"]] == list(DEFAULT_LOSSES)
     assert len(results["runs"]) == results["planned_runs"] == 25
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-noisy"])
+def test_table_of_when_not_is_that_of_the_results_file(name: str) -> None:
+    table = _make_results().penex_table(ROOT / "docs" / "results" / f"{name}.json")
+    page = (ROOT / "docs" / "when-not.md").read_text()
+    assert f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->" in page

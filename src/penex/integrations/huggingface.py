@@ -1,0 +1,426 @@
+"""PENEX in the Hugging Face :class:`~transformers.Trainer` (extra ``transformers``).
+
+:class:`PENEXTrainer` stands where ``Trainer`` stood and looks after everything:
+the penalty's checkpoints, gradient accumulation, probabilities. :class:`PENEXLossFunc` is the loss
+alone, for the ``compute_loss_func`` of a ``Trainer`` that has to stay. :func:`fold` makes a model
+whose plain softmax is right, for a pipeline.
+
+Sequence, image and token classification: models whose output has ``logits`` (N, K) for labels (N),
+or (N, T, K) for labels (N, T), where -100 is ignored.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penex._extras import need
+from penex.inference import fold_temperature
+from penex.losses import PENEX
+
+need("penex.integrations.huggingface", "transformers", "transformers", "accelerate")
+
+from transformers import PreTrainedModel, Trainer, TrainingArguments  # noqa: E402
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint  # noqa: E402
+
+__all__ = ["PENEXLossFunc", "PENEXTrainer", "fold"]
+
+STATE_FILE = "penex.json"
+"""In each checkpoint: the penalty, and the sensitivity it belongs to."""
+FOLDED = "penex_folded_sensitivity"
+"""What the configuration of a folded model is marked with."""
+IGNORE_INDEX = -100  # the labels that the Trainer leaves out when it counts
+HEADS = ("classifier", "score", "classification_head", "logits_proj")
+
+
+class PENEXLossFunc:
+    r"""The loss as ``compute_loss_func`` of a stock :class:`~transformers.Trainer`.
+
+    The sum over the micro-batch is divided by `num_items_in_batch`, which the Trainer counts over
+    all micro-batches and ranks of an update. With class weights too this is a number of labels, not
+    the sum of their weights. In evaluation it is whatever the Trainer counts there; without a count
+    the mean is that of :class:`penex.PENEX`.
+
+    The Trainer does not know the criterion. So the running penalty is not in its checkpoints, and
+    after resuming it starts anew from the first batch; it moves with every micro-batch; the logits
+    of ``predict`` are :math:`f`, whose probabilities are ``criterion.predict_proba(f)``; and
+    ``label_smoothing_factor`` has no effect, `label_smoothing` here has. :class:`PENEXTrainer`
+    has none of these limits.
+
+    Args:
+        sensitivity: :math:`\alpha > 0`.
+        options: Other keywords of :class:`penex.PENEX`, except `reduction` and `ignore_index`.
+
+    Attributes:
+        criterion: The :class:`penex.PENEX` that computes it.
+
+    Example:
+        >>> loss_func = PENEXLossFunc(sensitivity=0.5, penalty=0.25)
+        >>> outputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 1.0]])}
+        >>> loss_func(outputs, torch.tensor([0, 1]), num_items_in_batch=2)
+        tensor(2.0006)
+    """
+
+    def __init__(self, sensitivity: float = 0.1, **options: Any) -> None:
+        self.criterion = PENEX(
+            sensitivity=sensitivity, reduction="sum", ignore_index=IGNORE_INDEX, **options
+        )
+
+    def __call__(
+        self,
+        outputs: Mapping[str, Any],
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss of one micro-batch.
+
+        Args:
+            outputs: The model's output, with ``logits``, shape (N, K) or (N, T, K).
+            labels: Class indices, integer, shape (N) or (N, T).
+            num_items_in_batch: What to divide the sum by, 0-d; None: the denominator of this batch.
+
+        Returns:
+            The loss, 0-d.
+
+        Raises:
+            TypeError: `outputs` has no ``logits``.
+            ValueError: `labels` are not class indices of the logits' shape, the outputs are those
+                of a causal language model, or `num_items_in_batch` comes from ``DataParallel``.
+        """
+        logits, labels = _rows(outputs, labels)
+        total: Tensor = self.criterion.to(logits.device)(logits, labels)
+        if num_items_in_batch is None:
+            num_items_in_batch = _denominator(labels, self.criterion.weight)
+        items = torch.as_tensor(num_items_in_batch, device=total.device)
+        if items.ndim > 0:
+            raise ValueError(f"num_items_in_batch: {_ONE_DEVICE}, got shape {tuple(items.shape)}")
+        return total / items.where(items != 0, 1)
+
+
+class PENEXTrainer(Trainer):
+    r""":class:`~transformers.Trainer` with the loss :class:`penex.PENEX`.
+
+    - Updates are those of whole batches: however a batch is split into micro-batches
+      (``gradient_accumulation_steps``) and ranks, its loss is divided by its number of labels, or
+      the sum of their class weights, once. All are computed with the running penalty of the updates
+      before, and then absorbed together. In the first update there is none yet: unless `penalty`
+      gives the start, each micro-batch uses its own estimate; ``penalty_mode="auto"`` does so
+      always.
+    - ``predict`` and ``compute_metrics`` get the calibrated logits :math:`(1+\alpha) f`: their
+      softmax are the probabilities, their cross-entropy is the NLL.
+    - ``eval_loss`` is the value of PENEX at the present penalty, so it can be compared neither with
+      cross-entropy nor well between epochs. Choose the best model by a metric such as the NLL.
+    - Checkpoints, and what ``save_model`` writes, have the penalty in ``penex.json``. Resuming
+      restores it, and so does ``load_best_model_at_end``.
+    - The model that ``save_model`` writes is as it was trained, softmax of its logits is too flat;
+      :meth:`save_folded` writes one for pipelines.
+    - ``label_smoothing_factor`` is the loss's `label_smoothing`.
+
+    Gradients are about :math:`\alpha` times those of cross-entropy, so ``max_grad_norm`` should be
+    too.
+
+    Args:
+        model: As for ``Trainer``.
+        args: As for ``Trainer``.
+        sensitivity: :math:`\alpha > 0`.
+        weight: Class weights, shape (K).
+        penalty_mode: As in :class:`penex.PENEX`.
+        penalty: As in :class:`penex.PENEX`.
+        ema: As in :class:`penex.PENEX`; per update.
+        huberization: As in :class:`penex.PENEX`.
+        kwargs: What else ``Trainer`` takes, except `compute_loss_func`.
+
+    Attributes:
+        criterion: The :class:`penex.PENEX` that computes the loss.
+
+    Raises:
+        ValueError: An option is out of its range, the model is configured for regression or several
+            labels, was folded, or has another number of labels than `weight`; or one process is to
+            drive several devices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        sensitivity: float = 0.1,
+        weight: Tensor | None = None,
+        penalty_mode: str | None = None,
+        penalty: float | None = None,
+        ema: float = 0.1,
+        huberization: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, compute_loss_func=self._loss, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(f"args: {_ONE_DEVICE}, got n_gpu = {self.args.n_gpu}")
+        _check_config(getattr(self.model, "config", None), weight)
+        self._loss_func = PENEXLossFunc(
+            sensitivity,
+            weight=weight,
+            penalty_mode=penalty_mode,
+            penalty=penalty,
+            ema=ema,
+            huberization=huberization,
+            label_smoothing=self.args.label_smoothing_factor,
+            process_group="world",
+        )
+        self.label_smoother = None  # it would smooth cross-entropy
+        # One penalty for all micro-batches of an update: they are absorbed together, at its end.
+        self.criterion = self._loss_func.criterion.eval()
+        self._start = self.criterion.penalty.clone()
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of an update, and the denominator of its loss."""
+        self._seen.clear()
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        weight = self.criterion.weight
+        if weight is not None and items is not None:
+            weight = weight.to(self.args.device)
+            labels = [batch["labels"].to(self.args.device).flatten() for batch in batches]
+            items = _denominator(torch.cat(labels), weight)
+            if self.args.average_tokens_across_devices:
+                items = self.accelerator.gather(items).sum()
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a micro-batch, or, in evaluation, of a batch, which has its own mean."""
+        items = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, return_outputs, items)
+
+    def _loss(
+        self,
+        outputs: Mapping[str, Any],
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        loss = self._loss_func(outputs, labels, num_items_in_batch)
+        if self.criterion.penalty_mode == "running" and torch.is_grad_enabled():
+            logits, targets = _rows(outputs, labels)
+            self._seen.append((logits.detach(), targets))
+            if self.accelerator.sync_gradients:
+                logits, targets = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+                self._seen.clear()
+                self.criterion.train()(logits, targets)
+                self.criterion.eval()
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """Loss, calibrated logits and labels of a batch."""
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if isinstance(logits, tuple):  # the model returns more, after its logits
+            logits = (self._calibrated(logits[0]), *logits[1:])
+        elif logits is not None:
+            logits = self._calibrated(logits)
+        return loss, logits, labels
+
+    def _calibrated(self, logits: Tensor) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return (1 + self.criterion.sensitivity) * logits.to(dtype)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """As :meth:`transformers.Trainer.train`.
+
+        Raises:
+            FileNotFoundError: The checkpoint was not written by this class.
+            ValueError: It was, with another sensitivity.
+        """
+        if resume_from_checkpoint is True:  # the Trainer raises if there is none
+            folder = self.args.output_dir
+            last: str | None = get_last_checkpoint(folder)  # type: ignore[no-untyped-call]
+            resume_from_checkpoint = last or True
+        if isinstance(resume_from_checkpoint, (str, PathLike)):
+            self._load_penalty(Path(resume_from_checkpoint, STATE_FILE))
+        elif self.model_init is not None:  # a new model
+            self.criterion.penalty.copy_(self._start)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            best = Path(self.state.best_model_checkpoint, STATE_FILE)
+            if best.exists():  # a node without it kept its last model, too
+                self._load_penalty(best)
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As :meth:`transformers.Trainer.save_model`, and the penalty."""
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            penalty = self.criterion.penalty.item()
+            state = {
+                "sensitivity": self.criterion.sensitivity,
+                "penalty": None if math.isnan(penalty) else penalty,
+            }
+            (folder / STATE_FILE).write_text(json.dumps(state))
+        super().save_model(output_dir, _internal_call)
+
+    def _load_penalty(self, path: Path) -> None:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint: expected a checkpoint of PENEXTrainer, with the penalty; "
+                f"{path} does not exist"
+            )
+        state = json.loads(path.read_text())
+        if state["sensitivity"] != self.criterion.sensitivity:
+            raise ValueError(
+                f"resume_from_checkpoint: {path.parent} was trained with sensitivity "
+                f"{state['sensitivity']}, its penalty means nothing to "
+                f"{self.criterion.sensitivity}"
+            )
+        penalty = state["penalty"]
+        self.criterion.penalty.fill_(math.nan if penalty is None else penalty)
+
+    def save_folded(self, output_dir: str | PathLike[str], layer: str | None = None) -> None:
+        """Save the model, :func:`fold`-ed, and its tokenizer or processor, for a pipeline.
+
+        Args:
+            output_dir: Where to, for ``from_pretrained`` and ``pipeline``.
+            layer: As in :func:`fold`.
+
+        Raises:
+            TypeError, ValueError, AttributeError: As :func:`fold`; also if the model is sharded.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "the model is sharded; expected a whole one: save_model, load it in one process, "
+                "and fold that"
+            )
+        if self.args.should_save:
+            fold(self.model, self.criterion.sensitivity, layer).save_pretrained(output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+
+
+def fold(model: nn.Module | None, sensitivity: float, layer: str | None = None) -> PreTrainedModel:
+    r"""A copy of `model` whose last layer is scaled by :math:`1+\alpha`: plain softmax is right.
+
+    :func:`penex.inference.fold_temperature` for models of transformers. The copy's configuration
+    says so, as ``penex_folded_sensitivity``, also when it was saved and loaded; :func:`fold` and
+    :class:`PENEXTrainer` refuse it then.
+
+    Args:
+        model: Trained with PENEX.
+        sensitivity: The :math:`\alpha > 0` it was trained with.
+        layer: Name of the module that makes the logits, such as ``"classifier.out_proj"``. None:
+            the task head, ``classifier``, ``score``, ``classification_head`` or ``logits_proj``.
+
+    Returns:
+        The copy.
+
+    Raises:
+        TypeError: `model` is not a ``PreTrainedModel``.
+        ValueError: `sensitivity` is not finite and positive; `model` was folded before; it has no
+            such head; or the last layer cannot be scaled alone.
+        AttributeError: `model` has no module `layer`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model: expected a transformers.PreTrainedModel, got {type(model).__name__} "
+            "(merge adapters first)"
+        )
+    _refuse_folded(model.config)
+    found = [name for name in HEADS if hasattr(model, name)] if layer is None else [layer]
+    if len(found) != 1:
+        raise ValueError(
+            f"layer: expected {type(model).__name__} to have one of {', '.join(HEADS)}, got "
+            f"{' and '.join(found) or 'none'}; name the module that makes the logits"
+        )
+    folded = copy.deepcopy(model)
+    head = folded.get_submodule(found[0])
+    own = {id(parameter) for parameter in head.parameters()}
+    shared = [
+        name
+        for name, parameter in folded.named_parameters(remove_duplicate=False)
+        if id(parameter) in own and not name.startswith(f"{found[0]}.")
+    ]
+    if shared:
+        raise ValueError(
+            f"layer: the weights of {found[0]!r} are also {', '.join(shared)}; scaling them would "
+            "change more than the output"
+        )
+    fold_temperature(head, sensitivity)
+    setattr(folded.config, FOLDED, float(sensitivity))
+    return folded
+
+
+_ONE_DEVICE = (
+    "expected one process per device, as torchrun and accelerate launch start them, for "
+    "DataParallel, which a single process with several devices uses, scales the loss wrongly"
+)
+
+
+def _rows(outputs: Mapping[str, Any], labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits (M, K) and labels (M)."""
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if not isinstance(logits, Tensor):
+        keys = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise TypeError(f"outputs: expected a model output with logits, got {keys}")
+    if "CausalLM" in type(outputs).__name__:
+        raise ValueError(
+            "outputs: expected those of sequence, image or token classification, got "
+            f"{type(outputs).__name__}; causal language models are not supported"
+        )
+    if labels is None:
+        raise ValueError("labels: expected the batch to have them, under 'labels'; got none")
+    if labels.is_floating_point():
+        raise ValueError(
+            f"labels: expected class indices, got {labels.dtype}; regression and several labels "
+            "per row are not what this loss is for"
+        )
+    if logits.ndim not in (2, 3) or logits.shape[:-1] != labels.shape or logits.shape[-1] < 2:
+        raise ValueError(
+            "expected logits (N, K) and labels (N), or logits (N, T, K) and labels (N, T), with "
+            f"K >= 2; got logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
+        )
+    return logits.flatten(0, -2), labels.flatten().to(logits.device)
+
+
+def _denominator(labels: Tensor, weight: Tensor | None) -> Tensor:
+    """What the mean over labels (M) divides by, 0-d."""
+    keep = labels != IGNORE_INDEX
+    if weight is None:
+        return keep.sum()
+    return (weight[labels.where(keep, 0)] * keep).sum()
+
+
+def _check_config(config: Any, weight: Tensor | None) -> None:
+    """Refuse a model that is configured for something else; one without configuration passes."""
+    if config is None:
+        return
+    problem = getattr(config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"model: expected problem_type 'single_label_classification', got {problem!r}"
+        )
+    classes = getattr(config, "num_labels", None)
+    if classes is not None and weight is not None and len(weight) != classes:
+        raise ValueError(
+            f"weight: expected one weight for each of the model's {classes} labels, got "
+            f"{tuple(weight.shape)}"
+        )
+    _refuse_folded(config)
+
+
+def _refuse_folded(config: Any) -> None:
+    folded = getattr(config, FOLDED, None)
+    if folded is not None:
+        raise ValueError(
+            f"model: it was folded, with sensitivity {folded}, so softmax of its logits is right "
+            "already; expected the model that save_model wrote (if its head is new, delete "
+            f"config.{FOLDED})"
+        )

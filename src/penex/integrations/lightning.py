@@ -1,0 +1,178 @@
+r"""PENEX in Lightning: what a batch tells about the loss, in the log.
+
+For training nothing is needed. ``self.criterion = penex.PENEX(process_group="world")`` in a module
+is a submodule like any other: the penalty is in the checkpoints, ``train()`` and ``eval()`` reach
+it, and under DDP all ranks have the penalty of the joined batch.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from penex import functional
+from penex._extras import need
+from penex._inputs import labels_of, prepare, validate
+from penex.losses import PENEX
+
+need("penex.integrations.lightning", "lightning", "lightning")
+
+from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+
+__all__ = ["PENEXMonitor"]
+
+
+class PENEXMonitor(Callback):
+    r"""Logs the penalty, the weights of the samples, and their margins, of training batches.
+
+    At the steps at which the trainer writes its log (``log_every_n_steps``), for the batch that the
+    criterion has seen in that step, without another forward pass. At other steps it costs a Python
+    call and no synchronisation.
+
+    A sample's weight is what the exponential part of the loss makes of it,
+    :math:`v_i = e^{-\alpha f_{y_i}}`. With class weights, label smoothing, probability targets or
+    huberization it is :math:`v_i = \sum_k w_k q_{ik} \min(e^{-\alpha f_{ik}}, t)`: the 1-norm of
+    that part's gradient, divided by :math:`\alpha`. Its margin is
+    :func:`penex.functional.margin`, :math:`f_y - \max_{j \ne y} f_j`, where :math:`y` is the most
+    probable class if the target has probabilities. A sample is one row with a target: a token, or
+    a pixel, if the target is dense. Rows that are ignored, or that the class weights give no
+    weight, do not count, and a batch with no other rows has the first number alone.
+
+    ================================ ============================================================
+    ``penex/penalty``                :math:`\rho`, this batch included
+    ``penex/weight_mean``            :math:`\sum_i v_i / n`
+    ``penex/weight_max_share``       :math:`\max_i v_i / \sum_i v_i`: the heaviest sample's part
+    ``penex/weight_ess``             :math:`(\sum_i v_i)^2 / (n \sum_i v_i^2)`: the effective
+                                     sample size as a share of the :math:`n` rows, 1 if all weigh
+                                     the same, :math:`1/n` if one has all the weight
+    ``penex/margin_mean``            mean of the margins
+    ``penex/margin_median``          their median, the lower one of two
+    ``penex/margin_q05``             the margin of rank :math:`\lceil 0.05\, n \rceil` from below
+    ``penex/margin_negative``        share of margins below 0, which is the training error
+    ================================ ============================================================
+
+    With several criteria a module's name follows: ``penex/heads.main/penalty``. If a criterion is
+    called more than once in a step (micro-batches, deep supervision), the last call counts. With
+    several processes the numbers are those of each one's own batch, and Lightning writes those of
+    the first; :math:`\rho` is the common one if the criterion has a `process_group`.
+
+    Args:
+        criterion: The criterion to watch. None: every :class:`penex.PENEX` in the module.
+
+    Raises:
+        TypeError: `criterion` is not a :class:`penex.PENEX`.
+        ValueError: At the start of training: there is no :class:`penex.PENEX` in the module.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[PENEXMonitor()])  # doctest: +SKIP
+    """
+
+    def __init__(self, criterion: PENEX | None = None) -> None:
+        if criterion is not None and not isinstance(criterion, PENEX):
+            raise TypeError(f"criterion: expected a penex.PENEX, got {type(criterion).__name__}")
+        self.criterion = criterion
+        self._watched: dict[str, PENEX] = {}
+        self._handles: list[RemovableHandle] = []
+        self._due = False
+        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hook into the criteria."""
+        self._watched = self._find(pl_module)
+        for name, criterion in self._watched.items():
+            hook = self._hook(name)
+            self._handles.append(criterion.register_forward_hook(hook, with_kwargs=True))
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Keep this batch, if its step will be logged."""
+        self._due = trainer._logger_connector.should_update_logs
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log what was kept."""
+        self._due = False
+        for name, (input, target) in self._seen.items():
+            prefix = "penex/" if len(self._watched) == 1 else f"penex/{name}/"
+            numbers = measured(self._watched[name], input, target)
+            pl_module.log_dict(
+                {prefix + key: value for key, value in numbers.items()},
+                on_step=True,
+                on_epoch=False,
+            )
+        self._seen.clear()
+
+    def on_train_end(self, *_: Any) -> None:
+        """Leave the criteria as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._watched.clear()
+        self._seen.clear()
+        self._due = False
+
+    def on_exception(self, *_: Any) -> None:
+        """Leave the criteria as they were."""
+        self.on_train_end()
+
+    def _find(self, module: LightningModule) -> dict[str, PENEX]:
+        if self.criterion is not None:
+            return {"criterion": self.criterion}
+        found = {name: m for name, m in module.named_modules() if isinstance(m, PENEX)}
+        if not found:
+            raise ValueError(
+                f"PENEXMonitor: expected a penex.PENEX among the submodules of "
+                f"{type(module).__name__}, found none; write self.criterion = penex.PENEX() in its "
+                "__init__, or give the criterion: PENEXMonitor(criterion)"
+            )
+        return found
+
+    def _hook(self, name: str) -> Any:
+        def keep(
+            module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], _: Tensor
+        ) -> None:
+            if self._due:
+                given = dict(zip(("input", "target"), args, strict=False)) | dict(kwargs)
+                self._seen[name] = given["input"].detach(), given["target"].detach()
+
+        return keep
+
+
+@torch.no_grad()
+def measured(criterion: PENEX, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """The numbers of :class:`PENEXMonitor` for a batch that `criterion` has seen, 0-d each."""
+    numbers = {"penalty": criterion.penalty.clone()}
+    input, target = validate(input, target, criterion.weight, criterion.ignore_index)
+    batch = prepare(
+        input,
+        target,
+        weight=criterion.weight,
+        ignore_index=criterion.ignore_index,
+        label_smoothing=criterion.label_smoothing,
+    )
+    kept = batch.total > 0
+    count = int(kept.sum())
+    if count == 0:
+        return numbers
+
+    u = -criterion.sensitivity * batch.select(batch.logits)
+    if criterion.huberization is not None:
+        u = u.clamp(max=math.log(criterion.huberization))
+    log_weights = (u + batch.mass.log()).where(batch.mass > 0, -math.inf).logsumexp(1)[kept]
+    heaviest = log_weights.max()
+    relative = (log_weights - heaviest).exp()  # right even where the weights themselves overflow
+    numbers["weight_mean"] = heaviest.exp() * relative.mean()
+    numbers["weight_max_share"] = 1 / relative.sum()
+    numbers["weight_ess"] = relative.sum() ** 2 / (count * (relative**2).sum())
+
+    soft = target.is_floating_point()
+    labels = target.argmax(1) if soft else labels_of(target, batch.logits, criterion.ignore_index)
+    margins = functional.margin(batch.logits, labels.where(kept, 0))[kept]
+    ordered = margins.sort().values  # kthvalue is refused on CUDA if Trainer(deterministic=True)
+    numbers["margin_mean"] = margins.mean()
+    numbers["margin_median"] = ordered[(count - 1) // 2]
+    numbers["margin_q05"] = ordered[math.ceil(0.05 * count) - 1]
+    numbers["margin_negative"] = (margins < 0).float().mean()
+    return numbers
