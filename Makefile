@@ -59,7 +59,7 @@ lock: .venv/.dev  ## Write the installed versions to constraints.txt
 	mv constraints.new constraints.txt
 
 clean:  ## Remove the environment and what was built
-	rm -rf .venv docs/_build dist build
+	rm -rf .venv docs/_build docs/auto_examples dist build
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version)'
