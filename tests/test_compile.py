@@ -211,7 +211,8 @@ def test_second_derivatives_are_refused() -> None:
     logits = torch.randn(3, 4, requires_grad=True)
     loss = compiled(logits, torch.tensor([0, 1, 2]), penalty=0.3)
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
+    # Up to torch 2.6 the compiled gradient has no graph of its own.
+    with pytest.raises(RuntimeError, match="double backward|does not require grad"):
         torch.autograd.grad(gradient.sum(), logits)
 
 
@@ -308,15 +309,20 @@ class WithLoss(nn.Module):
 
 
 class Function(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", WEIGHT)
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return penex_loss(logits, target, penalty=0.2, weight=WEIGHT, label_smoothing=0.1)
+        return penex_loss(logits, target, penalty=0.2, weight=self.weight, label_smoothing=0.1)
 
 
 def exported(module: nn.Module, *example: Tensor) -> nn.Module:
     size = torch.export.Dim("batch", min=2)
-    # Of a copy, for the exported program shares the buffers of what it was made from.
+    # Of a copy, for the exported program shares the buffers of what it was made from. torch 2.6
+    # is strict unless told otherwise, and then drops a buffer that the loss does not read.
     program = torch.export.export(
-        copy.deepcopy(module), example, dynamic_shapes=({0: size}, {0: size})
+        copy.deepcopy(module), example, dynamic_shapes=({0: size}, {0: size}), strict=False
     )
     return program.module()
 

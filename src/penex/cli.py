@@ -12,6 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from penex import __version__
 from penex._extras import need
 
 try:
@@ -113,6 +114,22 @@ Logger = Annotated[
 Folders = Annotated[
     list[Path], typer.Argument(metavar="FOLDER...", help="Output folders of penex compare.")
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"penex {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version, and stop.", callback=_version),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

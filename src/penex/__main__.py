@@ -1,0 +1,5 @@
+"""``python -m penex`` is the command ``penex``."""
+
+from penex.cli import main
+
+main()

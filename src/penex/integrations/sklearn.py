@@ -1,0 +1,631 @@
+r"""PENEX in scikit-learn: a classifier that goes where its own classifiers go.
+
+Between calls a classifier's tensors are on the CPU, so it pickles and loads anywhere.
+"""
+# ruff: noqa: N803, N806  # X is what scikit-learn calls it
+
+import contextlib
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from penex._extras import need
+from penex._inputs import choice, number, positive, smooth
+from penex.losses import PENEX, ConfidencePenaltyLoss, FocalLoss
+
+need("penex.integrations.sklearn", "sklearn", "numpy", "sklearn")
+
+import numpy as np  # noqa: E402
+from numpy.typing import ArrayLike, NDArray  # noqa: E402
+from sklearn.base import BaseEstimator, ClassifierMixin  # noqa: E402
+from sklearn.exceptions import ConvergenceWarning  # noqa: E402
+from sklearn.model_selection import train_test_split  # noqa: E402
+from sklearn.utils import check_array, check_random_state, gen_batches  # noqa: E402
+from sklearn.utils.class_weight import compute_class_weight  # noqa: E402
+from sklearn.utils.multiclass import check_classification_targets  # noqa: E402
+from sklearn.utils.validation import check_is_fitted, validate_data  # noqa: E402
+
+__all__ = ["PENEXClassifier"]
+
+_STRENGTHS = {"label-smoothing": 0.1, "confidence-penalty": 0.1, "focal": 2.0}
+_LOSSES = ("penex", "cross-entropy", *_STRENGTHS)
+_HIDDEN = (100,)
+
+
+class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    r"""A multi-layer perceptron, or a network of your own, trained with PENEX.
+
+    Its probabilities are calibrated as the loss demands, :math:`\operatorname{softmax}((1+\alpha)
+    f)` for PENEX. Names and defaults are those of :class:`sklearn.neural_network.MLPClassifier`
+    where it has them; ReLU between the layers, and AdamW trains.
+
+    Inputs are taken as they are. Networks want features of one scale, so put a
+    :class:`~sklearn.preprocessing.StandardScaler` before this in a pipeline. float32 is computed in
+    float32, anything else in float64; sparse matrices are made dense one batch at a time.
+
+    Training stops when the log-loss of the predicted probabilities, not the value of the loss, has
+    not improved by `tol` for `n_iter_no_change` epochs: PENEX's own value may rise while the model
+    improves, because :math:`\rho` moves. It is that of the training rows, each taken as its batch
+    is trained on; with `early_stopping` that of rows held out.
+
+    Weights of samples are relative to each other. A weight multiplies the row's part of the loss
+    and, for PENEX, of the sums that estimate :math:`\rho`; so a row of weight two is two rows
+    wherever all rows are in one batch, and a row of weight zero is no row.
+
+    Args:
+        hidden_layer_sizes: Widths of the hidden layers; ``()`` is a linear model.
+        loss: ``"penex"``, ``"cross-entropy"``, ``"label-smoothing"``, ``"confidence-penalty"`` or
+            ``"focal"``.
+        sensitivity: PENEX's :math:`\alpha > 0`; other losses do not read it.
+        loss_strength: Smoothing :math:`\varepsilon` (None: 0.1), weight of the confidence penalty
+            :math:`\beta` (None: 0.1) or focal :math:`\gamma` (None: 2). Refused for losses without
+            such a number.
+        learning_rate_init: Learning rate, constant.
+        weight_decay: Decay of all parameters, decoupled from the loss (AdamW).
+        batch_size: Rows of a batch; ``"auto"`` is 200. A single row left over joins the batch
+            before it.
+        max_iter: Epochs at most.
+        tol: Least improvement of the log-loss that counts as one. None: always `max_iter` epochs.
+        n_iter_no_change: Epochs without improvement that are tolerated.
+        early_stopping: Hold out a stratified part of the rows, and keep the weights of the epoch
+            with its smallest log-loss. Not for :meth:`partial_fit`.
+        validation_fraction: Share that is held out.
+        class_weight: ``{label: weight}``, or ``"balanced"`` for the same total weight in every
+            class (not for :meth:`partial_fit`); multiplies the weights of the samples.
+        module: A function ``(n_features, n_classes) -> nn.Module`` in place of the perceptron. The
+            module maps (N, n_features) to logits (N, n_classes); it is cast to the dtype of the
+            input. What it does to whole batches, as batch normalisation, knows no weights.
+        warm_start: :meth:`fit` goes on from the weights there are. The classes must be the same.
+        device: Where to compute, such as ``"cuda"``. Batches are moved one at a time.
+        random_state: Seed or numpy ``RandomState``. torch's own generators are left as they were;
+            with a `module`, while nothing else draws from them in another thread.
+        verbose: Print a line after every epoch.
+
+    Attributes:
+        classes_: The labels, sorted; the columns of the probabilities.
+        n_features_in_: Number of features.
+        feature_names_in_: Their names, if X had column names.
+        model_: The network, on the CPU in evaluation mode; returns logits :math:`f`.
+        criterion_: The loss, with PENEX's penalty in ``criterion_.penalty``.
+        logit_scale_: What multiplies logits before softmax: :math:`1 + \alpha` for PENEX, else 1.
+        n_iter_: Epochs trained.
+        loss_curve_: Log-loss of the training rows in each epoch, comparable between losses.
+        validation_scores_: Minus the log-loss of the rows held out, after each epoch; only with
+            `early_stopping`.
+
+    Raises:
+        TypeError, ValueError: A parameter or input is not as described, when it is used.
+
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> from sklearn.pipeline import make_pipeline
+        >>> from sklearn.preprocessing import StandardScaler
+        >>> X, y = load_iris(return_X_y=True)
+        >>> classifier = PENEXClassifier(learning_rate_init=0.01, max_iter=50, tol=None,
+        ...                              random_state=0)
+        >>> make_pipeline(StandardScaler(), classifier).fit(X, y).score(X, y) > 0.9
+        True
+    """
+
+    classes_: NDArray[Any]
+    n_features_in_: int
+    model_: nn.Module
+    criterion_: nn.Module
+    logit_scale_: float
+    n_iter_: int
+    loss_curve_: list[float]
+    validation_scores_: list[float]
+    # What training goes on with: numbers yet to draw, AdamW's state after partial_fit, and what
+    # the network and the loss were made of.
+    _random: np.random.RandomState
+    _moments: dict[int, dict[str, Tensor]]
+    _layers: tuple[Any, tuple[int, ...]]
+    _loss: "_Loss"
+    _dtype: type[np.floating[Any]]
+
+    def __init__(
+        self,
+        hidden_layer_sizes: tuple[int, ...] | int = _HIDDEN,
+        *,
+        loss: str = "penex",
+        sensitivity: float = 0.1,
+        loss_strength: float | None = None,
+        learning_rate_init: float = 0.001,
+        weight_decay: float = 0.0,
+        batch_size: int | str = "auto",
+        max_iter: int = 200,
+        tol: float | None = 1e-4,
+        n_iter_no_change: int = 10,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        class_weight: dict[Any, float] | str | None = None,
+        module: Callable[[int, int], nn.Module] | None = None,
+        warm_start: bool = False,
+        device: str | torch.device = "cpu",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.loss = loss
+        self.sensitivity = sensitivity
+        self.loss_strength = loss_strength
+        self.learning_rate_init = learning_rate_init
+        self.weight_decay = weight_decay
+        self.batch_size = batch_size
+        self.max_iter = max_iter
+        self.tol = tol
+        self.n_iter_no_change = n_iter_no_change
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.class_weight = class_weight
+        self.module = module
+        self.warm_start = warm_start
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+    def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """Train on `X` and `y`, from the start unless `warm_start`.
+
+        Args:
+            X: Features, array, DataFrame or sparse, shape (N, n_features).
+            y: Labels, numbers or strings, shape (N).
+            sample_weight: Weights >= 0, shape (N).
+
+        Returns:
+            This classifier.
+        """
+        loss = self._checked()
+        resume = self.warm_start and hasattr(self, "model_")
+        X, y = self._validated(X, y, resume)
+        weights = _weights(sample_weight, len(y))
+        classes = np.unique(y[weights > 0])
+        if len(classes) < 2:
+            raise ValueError(f"y: expected two classes or more, got 1 class: {classes.tolist()}")
+        if resume and not np.array_equal(classes, self.classes_):
+            raise ValueError(
+                "y: warm_start goes on with the classes of the first fit, "
+                f"{self.classes_.tolist()}; got {classes.tolist()}"
+            )
+        self.classes_ = classes
+        self._begin()
+        rows = self._weighted(X, y, weights)
+        held = None
+        if self.early_stopping:
+            train, test = train_test_split(
+                np.arange(len(rows.labels)),
+                test_size=self.validation_fraction,
+                stratify=rows.labels,
+                random_state=self._random,
+            )
+            rows, held = rows.part(train), rows.part(test)
+            self.validation_scores_ = []
+        with self._seeded():
+            self._prepare(loss, X.dtype, resume)
+            self._train(rows, held)
+        return self
+
+    def partial_fit(
+        self,
+        X: Any,
+        y: ArrayLike,
+        classes: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> Self:
+        """Train one epoch on `X` and `y`, going on from what was learnt before.
+
+        Args:
+            X: As in :meth:`fit`.
+            y: As in :meth:`fit`; some of the classes may be missing.
+            classes: All labels that will come, needed in the first call.
+            sample_weight: As in :meth:`fit`; relative to the other rows of this call.
+
+        Returns:
+            This classifier.
+        """
+        loss = self._checked()
+        if self.early_stopping:
+            raise ValueError(
+                "early_stopping: partial_fit does one epoch on all of its rows; expected False, "
+                f"got {self.early_stopping}"
+            )
+        if isinstance(self.class_weight, str):
+            raise ValueError(
+                "class_weight: partial_fit sees a part of the rows, which cannot be balanced; "
+                f"expected {{label: weight}} or None, got {self.class_weight!r}"
+            )
+        resume = hasattr(self, "model_")
+        known = self._known_classes(classes, resume)
+        X, y = self._validated(X, y, resume)
+        if not np.isin(y, known).all():
+            raise ValueError(
+                f"y: expected labels among the classes {known.tolist()}, got "
+                f"{np.setdiff1d(y, known).tolist()}"
+            )
+        weights = _weights(sample_weight, len(y))
+        self.classes_ = known
+        rows = self._weighted(X, y, weights)
+        if not resume:
+            self._begin()
+        with self._seeded():
+            self._prepare(loss, X.dtype, resume)
+            self._train(rows, once=True)
+        return self
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """The most probable labels, shape (N)."""
+        logits = self._calibrated_logits(X)
+        labels: NDArray[Any] = self.classes_[logits.argmax(1).numpy()]
+        return labels
+
+    def predict_proba(self, X: Any) -> NDArray[Any]:
+        r"""Probabilities, :math:`\operatorname{softmax}((1+\alpha) f)` for PENEX, shape (N, K)."""
+        return _numpy(F.softmax(self._calibrated_logits(X), 1))
+
+    def predict_log_proba(self, X: Any) -> NDArray[Any]:
+        """Logarithm of :meth:`predict_proba`, computed in the log domain."""
+        return _numpy(F.log_softmax(self._calibrated_logits(X), 1))
+
+    def decision_function(self, X: Any) -> NDArray[Any]:
+        r"""Logits of the probabilities, :math:`(1+\alpha) f` for PENEX, shape (N, K).
+
+        For two classes the log-odds of the second, shape (N).
+        """
+        logits = self._calibrated_logits(X)
+        return _numpy(logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits)
+
+    # What was asked for, checked.
+
+    def _checked(self) -> "_Loss":
+        """The loss; what no other library checks on its way is checked here."""
+        name = choice("loss", self.loss, _LOSSES)
+        if self.module is not None:
+            if isinstance(self.module, nn.Module) or not callable(self.module):
+                raise TypeError(
+                    "module: expected a function (n_features, n_classes) -> nn.Module, got "
+                    f"{type(self.module).__name__}"
+                )
+            if self._hidden != _HIDDEN:
+                raise ValueError(
+                    f"hidden_layer_sizes: a module has its own layers; expected {_HIDDEN}, the "
+                    f"default, got {self.hidden_layer_sizes}"
+                )
+        for size in self._hidden:
+            _at_least_one("hidden_layer_sizes", size)
+        if self.batch_size != "auto":
+            _at_least_one("batch_size", self.batch_size)
+        _at_least_one("max_iter", self.max_iter)
+        _at_least_one("n_iter_no_change", self.n_iter_no_change)
+        positive("learning_rate_init", self.learning_rate_init)
+        number("weight_decay", self.weight_decay, 0.0, math.inf)
+        if self.tol is not None:
+            number("tol", self.tol, 0.0, math.inf)
+        number("validation_fraction", self.validation_fraction, 0.0, 1.0, open_low=True)
+
+        if name in _STRENGTHS:
+            most = 1.0 if name == "label-smoothing" else math.inf
+            value = _STRENGTHS[name] if self.loss_strength is None else self.loss_strength
+            return _Loss(name, number("loss_strength", value, 0.0, most))
+        if self.loss_strength is not None:
+            instead = ", but sensitivity" if name == "penex" else ""
+            raise ValueError(
+                f"loss_strength: {name!r} has none{instead}; expected None, "
+                f"got {self.loss_strength!r}"
+            )
+        return _Loss(name, positive("sensitivity", self.sensitivity) if name == "penex" else 0.0)
+
+    @property
+    def _hidden(self) -> tuple[int, ...]:
+        sizes = self.hidden_layer_sizes
+        return tuple(sizes) if isinstance(sizes, Iterable) else (sizes,)
+
+    @property
+    def _batch_rows(self) -> int:
+        return 200 if self.batch_size == "auto" else int(self.batch_size)
+
+    def _validated(self, X: Any, y: Any, resume: bool) -> tuple[Any, NDArray[Any]]:
+        dtype = self._dtype if resume else (np.float64, np.float32)
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=dtype, reset=not resume)
+        check_classification_targets(y)
+        return X, y
+
+    def _known_classes(self, classes: ArrayLike | None, resume: bool) -> NDArray[Any]:
+        if classes is None:
+            if not resume:
+                raise ValueError("classes: the first call to partial_fit needs all labels")
+            return self.classes_
+        known = np.unique(np.asarray(classes))
+        if resume and not np.array_equal(known, self.classes_):
+            raise ValueError(
+                f"classes: expected those of the first call, {self.classes_.tolist()}, got "
+                f"{known.tolist()}"
+            )
+        if len(known) < 2:
+            raise ValueError(f"classes: expected two classes or more, got {known.tolist()}")
+        return known
+
+    def _weighted(self, X: Any, y: NDArray[Any], weights: NDArray[np.float64]) -> "_Rows":
+        """The rows that weigh anything, the weights of their classes included."""
+        index = np.flatnonzero(weights)
+        y, weights = y[index], weights[index]
+        labels = np.searchsorted(self.classes_, y)
+        if isinstance(self.class_weight, str) and self.class_weight == "balanced":
+            weights = weights / np.bincount(labels, weights, len(self.classes_))[labels]
+        elif self.class_weight is not None:
+            of_classes = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
+            if not (np.isfinite(of_classes) & (of_classes >= 0)).all():
+                raise ValueError(
+                    f"class_weight: expected finite weights >= 0, got {self.class_weight}"
+                )
+            weights = weights * of_classes[labels]
+        rows = _Rows(X, index, labels, weights).part(np.flatnonzero(weights))
+        if not len(rows.labels):
+            raise ValueError("class_weight: expected a row with a weight above zero, got none")
+        return rows
+
+    # Training.
+
+    def _begin(self) -> None:
+        self._random = check_random_state(self.random_state)
+        self.n_iter_ = 0
+        self.loss_curve_ = []
+        self.__dict__.pop("validation_scores_", None)
+        self._moments = {}
+
+    @contextlib.contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """A module may draw from torch's own generators: seed them, and put them back after.
+
+        The perceptron does not draw from them, so it may be trained in threads.
+        """
+        if self.module is None:
+            yield
+            return
+        seed = int(self._random.randint(2**31))
+        devices = [torch.device(self.device)] if torch.device(self.device).type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            yield
+
+    def _prepare(self, loss: "_Loss", dtype: np.dtype[Any], resume: bool) -> None:
+        """The network and the loss, new or those there are."""
+        layers = self.module, self._hidden
+        if not resume:
+            self._dtype = dtype.type
+            self.model_ = self._network()
+        elif layers != self._layers:
+            raise ValueError(
+                "module, hidden_layer_sizes: training goes on with the network there is, of "
+                f"{self._layers}; got {layers}"
+            )
+        if not (resume and loss == self._loss):  # the penalty means nothing to another loss
+            self.criterion_ = loss.criterion()
+        self._layers, self._loss = layers, loss
+        self.logit_scale_ = loss.scale
+
+    def _network(self) -> nn.Module:
+        n_classes = len(self.classes_)
+        if self.module is None:
+            sizes = [self.n_features_in_, *self._hidden, n_classes]
+            network: nn.Module = _perceptron(sizes, self._random)
+        else:
+            network = self.module(self.n_features_in_, n_classes)
+            if not isinstance(network, nn.Module):
+                raise TypeError(
+                    f"module: expected it to return a nn.Module, got {type(network).__name__}"
+                )
+        return network.to(torch.float32 if self._dtype == np.float32 else torch.float64)
+
+    def _train(self, rows: "_Rows", held: "_Rows | None" = None, *, once: bool = False) -> None:
+        """Epochs over `rows` until nothing improves; or one."""
+        device = torch.device(self.device)
+        model, criterion = self.model_.to(device), self.criterion_.to(device)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=self.learning_rate_init, weight_decay=self.weight_decay
+        )
+        if self._moments:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": self._moments})
+        best, best_weights, waited = math.inf, None, 0
+        tol = -math.inf if self.tol is None else self.tol
+        for _ in range(1 if once else self.max_iter):
+            log_loss = self._epoch(rows, model, criterion, optimizer, device)
+            self.n_iter_ += 1
+            self.loss_curve_.append(log_loss)
+            line = f"Epoch {self.n_iter_}: log-loss {log_loss:.6f}"
+            if held is not None:
+                log_loss = self._log_loss(held, model, device)
+                self.validation_scores_.append(-log_loss)
+                line += f", of the rows held out {log_loss:.6f}"
+            if self.verbose:
+                print(line)  # noqa: T201
+            waited = waited + 1 if log_loss > best - tol else 0
+            if log_loss < best:
+                best = log_loss
+                best_weights = None if held is None else copy.deepcopy(model.state_dict())
+            if waited > self.n_iter_no_change:
+                break
+        else:
+            if self.tol is not None and not once:
+                warnings.warn(
+                    f"max_iter: after {self.max_iter} epochs the log-loss still improved. Give "
+                    "more, or tol=None if this number is meant.",
+                    ConvergenceWarning,
+                    stacklevel=3,
+                )
+        if best_weights is not None:
+            model.load_state_dict(best_weights)
+        model.cpu().eval()
+        criterion.cpu()
+        if once:
+            self._moments = {
+                index: {name: value.cpu() for name, value in state.items()}
+                for index, state in optimizer.state_dict()["state"].items()
+            }
+
+    def _epoch(
+        self,
+        rows: "_Rows",
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+    ) -> float:
+        """The log-loss of the training rows, each taken before its batch is learnt."""
+        count, n_classes = len(rows.labels), len(self.classes_)
+        # Over the mean of all rows: over that of its batch, a row would weigh what the others let.
+        mean_weight = rows.weights.mean()
+        order = self._random.permutation(count)
+        log_losses = []
+        model.train()
+        # Two rows at least, as batch normalisation refuses to learn from one.
+        for batch in gen_batches(count, self._batch_rows, min_batch_size=min(2, self._batch_rows)):
+            part = rows.part(order[batch])
+            size = len(part.labels)
+            logits = model(_dense(part.X, part.index, device))
+            if logits.shape != (size, n_classes):
+                raise ValueError(
+                    f"module: expected logits of shape {(size, n_classes)}, got "
+                    f"{tuple(logits.shape)}"
+                )
+            one_hot = F.one_hot(torch.from_numpy(part.labels), n_classes).to(logits)
+            weight = torch.from_numpy(part.weights / mean_weight)[:, None].to(logits)
+            # Targets that hold the weight of their row are what every loss here makes of weights.
+            loss = criterion(logits, weight * smooth(one_hot, self._loss.smoothing))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            calibrated = self.logit_scale_ * logits.detach()
+            log_losses.append(size / count * F.cross_entropy(calibrated, weight * one_hot))
+        log_loss = torch.stack(log_losses).sum()
+        if not all(values.isfinite().all() for values in (log_loss, *model.parameters())):
+            raise ValueError(
+                f"The training diverged in epoch {self.n_iter_ + 1}: the log-loss or a weight of "
+                "the network is not finite. Standardise X, or lower learning_rate_init."
+            )
+        return log_loss.item()
+
+    # Use.
+
+    def _log_loss(self, rows: "_Rows", model: nn.Module, device: torch.device) -> float:
+        logits = self.logit_scale_ * self._logits(rows.X, rows.index, model, device)
+        losses = F.cross_entropy(logits, torch.from_numpy(rows.labels), reduction="none")
+        return float(np.average(losses.numpy(), weights=rows.weights))
+
+    def _calibrated_logits(self, X: Any) -> Tensor:
+        check_is_fitted(self, "model_")
+        X = validate_data(self, X, accept_sparse="csr", dtype=self._dtype, reset=False)
+        device = torch.device(self.device)
+        # Elsewhere a copy works, so that the classifier does not change by predicting.
+        model = self.model_ if device.type == "cpu" else copy.deepcopy(self.model_).to(device)
+        return self.logit_scale_ * self._logits(X, np.arange(X.shape[0]), model, device)
+
+    @torch.no_grad()
+    def _logits(
+        self, X: Any, index: NDArray[np.intp], model: nn.Module, device: torch.device
+    ) -> Tensor:
+        model.eval()
+        batches = gen_batches(len(index), self._batch_rows)
+        return torch.cat([model(_dense(X, index[batch], device)).cpu() for batch in batches])
+
+
+class _Loss(NamedTuple):
+    """A loss by its name, and its one number."""
+
+    name: str
+    strength: float
+
+    def criterion(self) -> nn.Module:
+        match self.name:
+            case "penex":
+                return PENEX(sensitivity=self.strength)
+            case "confidence-penalty":
+                return ConfidencePenaltyLoss(self.strength)
+            case "focal":
+                return FocalLoss(self.strength)
+        return nn.CrossEntropyLoss()
+
+    @property
+    def scale(self) -> float:
+        """What multiplies logits before softmax gives probabilities."""
+        return 1 + self.strength if self.name == "penex" else 1.0
+
+    @property
+    def smoothing(self) -> float:
+        """Of the targets: that of CrossEntropyLoss forgets the weights they hold."""
+        return self.strength if self.name == "label-smoothing" else 0.0
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of X, which is not copied."""
+
+    X: Any
+    index: NDArray[np.intp]
+    labels: NDArray[np.intp]
+    """Indices of classes."""
+    weights: NDArray[np.float64]
+
+    def part(self, which: NDArray[np.intp]) -> "_Rows":
+        return _Rows(self.X, self.index[which], self.labels[which], self.weights[which])
+
+
+def _weights(sample_weight: ArrayLike | None, count: int) -> NDArray[np.float64]:
+    if sample_weight is None:
+        return np.ones(count)
+    weights: NDArray[np.float64] = check_array(
+        sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
+    )
+    if weights.shape != (count,):
+        raise ValueError(
+            f"sample_weight: expected one weight per row, shape ({count},), got {weights.shape}"
+        )
+    if (weights < 0).any():
+        raise ValueError(f"sample_weight: expected weights >= 0, got {weights.min():g}")
+    if not weights.any():
+        raise ValueError("sample_weight: expected a weight above zero, all are zero")
+    return weights
+
+
+def _perceptron(sizes: list[int], random: np.random.RandomState) -> nn.Sequential:
+    """Linear layers with ReLU between them, drawn as torch draws them but from `random`."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(sizes):
+        layer = nn.utils.skip_init(nn.Linear, n_in, n_out, dtype=torch.float64)  # type: ignore[no-untyped-call]
+        for parameter in layer.parameters():
+            bound = n_in**-0.5
+            parameter.data.copy_(torch.from_numpy(random.uniform(-bound, bound, parameter.shape)))
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _dense(X: Any, index: NDArray[np.intp], device: torch.device) -> Tensor:
+    rows = X[index]
+    return torch.tensor(rows if isinstance(rows, np.ndarray) else rows.toarray(), device=device)
+
+
+def _numpy(values: Tensor) -> NDArray[Any]:
+    result: NDArray[Any] = values.numpy()
+    return result
+
+
+def _at_least_one(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
