@@ -35,7 +35,9 @@ bench: .venv/.dev  ## Time and memory on the CPU, and docs/performance.md made a
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.linear
 	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m benchmarks.linear_page
 
 gpu: .venv/.dev  ## The tests that need a CUDA device, then the benchmarks on it
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch finds no CUDA device")'
@@ -43,7 +45,9 @@ gpu: .venv/.dev  ## The tests that need a CUDA device, then the benchmarks on it
 	$(BIN)/python -m benchmarks.loss --device cuda
 	$(BIN)/python -m benchmarks.memory --device cuda
 	$(BIN)/python -m benchmarks.step --device cuda
+	$(BIN)/python -m benchmarks.linear --device cuda
 	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m benchmarks.linear_page
 
 api: .venv/.dev  ## Accept a change of the public names: tests/api.txt made anew
 	$(BIN)/python tests/test_api.py > tests/api.txt

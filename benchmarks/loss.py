@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.harness import Results, Skipped, Strict, Timing
-from penex import PENEX
+from penex import PENEX, LogPENEX
 from penex._robust import LOG2E, pieces
 from penex.losses import ConfidencePenaltyLoss, FocalLoss
 
@@ -66,7 +66,7 @@ def data(shape: tuple[int, ...], option: str, device: torch.device) -> tuple[Ten
 
 
 def losses(classes: int, option: str, device: torch.device) -> dict[str, Loss]:
-    """Cross-entropy and PENEX with the same option; the others have no part in the options."""
+    """Cross-entropy and both PENEX with the same option; the others have no part in the options."""
     weight = torch.rand(classes, device=device) + 0.5 if option == "weight" else None
     smoothing = 0.1 if option == "smoothing" else 0.0
     result: dict[str, Loss] = {
@@ -76,6 +76,7 @@ def losses(classes: int, option: str, device: torch.device) -> dict[str, Loss]:
         penalty = 1e-3 if mode == "fixed" else None
         criterion = PENEX(weight, penalty_mode=mode, penalty=penalty, label_smoothing=smoothing)
         result[f"penex {mode}"] = criterion.to(device)
+    result["log-penex"] = LogPENEX(weight, power=4.0, label_smoothing=smoothing).to(device)
     if option == "plain":
         result |= {
             "naive": naive,
@@ -215,7 +216,7 @@ def compiled(shapes: list[tuple[int, ...]], options: argparse.Namespace) -> Iter
         logits, target = data(shape, "plain", options.device)
         contenders = losses(shape[1], "plain", options.device)
         functions = single_passes(logits)
-        for name in (REFERENCE, "penex running"):
+        for name in (REFERENCE, "penex running", "log-penex"):
             loss = torch.compile(contenders[name], fullgraph=True, dynamic=False)
             functions[name] = call(loss, logits, target, "forward+backward")
         times = harness.compare(functions, options.device, **options.effort)

@@ -177,6 +177,70 @@ def penex(
         )
 
 
+def log_penex(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    sensitivity: float = 0.1,
+    power: float = 1.0,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Result:
+    """W J over the denominator, or the rows of its tangent; the penalty is not used (NaN).
+
+    With more digits for a tiny power, which takes as many of them as its exponent has.
+    """
+    with decimal.localcontext(_CONTEXT) as context:
+        if 0 < sensitivity < 1e-6 or 0 < power < 1e-6:
+            context.prec = 100
+        samples, denominator = rows(logits, target, weight, ignore_index, label_smoothing)
+        alpha, beta = Decimal(sensitivity), Decimal(power)
+        scale = 1 / denominator if reduction == "mean" else _ONE
+        totals = [sum(row.mass, _ZERO) for row in samples]
+        weight_sum = sum(totals, _ZERO)
+        if not weight_sum:
+            zero = torch.zeros_like(logits, dtype=torch.float64).nan_to_num()
+            return Result(
+                _reduce([_ZERO] * len(samples), logits, scale, reduction), zero, _NO_PENALTY
+            )
+        label = [(m, -f) for row in samples for f, m in zip(row.logits, row.mass, strict=True)]
+        partitions = [sum((f.exp() for f in row.logits), _ZERO) for row in samples]
+        partition = [(m, z.ln()) for m, z in zip(totals, partitions, strict=True)]
+        a, b = _level(label, alpha), _level(partition, beta)
+        values, gradient = [], []
+        for row, total, z in zip(samples, totals, partitions, strict=True):
+            value = total * (a + b + _excess(z.ln() - b, beta))
+            slopes = []
+            for f, m in zip(row.logits, row.mass, strict=True):
+                value += m * _excess(-f - a, alpha) if m else 0
+                slope = total * (beta * (z.ln() - b)).exp() * f.exp() / z
+                slopes.append(float(scale * (slope - (m * (alpha * (-f - a)).exp() if m else 0))))
+            values.append(value)
+            gradient.append(slopes)
+        return Result(
+            _reduce(values, logits, scale, reduction), _like_logits(gradient, logits), _NO_PENALTY
+        )
+
+
+_NO_PENALTY = torch.tensor(float("nan"))
+
+
+def _level(terms: list[tuple[Decimal, Decimal]], power: Decimal) -> Decimal:
+    """(1/p) log of the mean of e^{p v}, for masses m and values v; of v itself for p = 0"""
+    terms = [(m, v) for m, v in terms if m]
+    total = sum((m for m, _ in terms), _ZERO)
+    if not power:
+        return sum((m * v for m, v in terms), _ZERO) / total
+    return (sum((m * (power * v).exp() for m, v in terms), _ZERO) / total).ln() / power
+
+
+def _excess(gap: Decimal, power: Decimal) -> Decimal:
+    """(e^{p v} - 1) / p"""
+    return ((power * gap).exp() - 1) / power if power else gap
+
+
 def log_softmax(row: list[Decimal]) -> list[Decimal]:
     """log softmax of finite or -inf logits."""
     log_partition = sum((f.exp() for f in row), _ZERO).ln()

@@ -81,7 +81,7 @@ def test_run_has_every_loss_and_work(file: Path) -> None:
     assert results.machine.torch == torch.__version__
     assert {row.shape for row in results.rows} == {(6, 5)}
     losses = {"cross-entropy", "naive", "focal", "confidence penalty", "pass", "fresh pass"}
-    losses |= {"penex running", "penex auto", "penex fixed"}
+    losses |= {"penex running", "penex auto", "penex fixed", "log-penex"}
     assert {(row.loss, row.work) for row in results.rows} == {
         (loss, work) for loss in losses for work in ("forward", "forward+backward")
     }

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from penex import functional, inference, losses, metrics
     from penex.functional import penex_loss
-    from penex.losses import PENEX
+    from penex.linear import LinearPENEX
+    from penex.losses import PENEX, LogPENEX
 
 __version__ = "0.1.0"
 __all__ = [
     "PENEX",
+    "LinearPENEX",
+    "LogPENEX",
     "__version__",
     "functional",
     "inference",
@@ -24,7 +27,12 @@ __all__ = [
 ]
 
 _MODULES = ("functional", "inference", "losses", "metrics")
-_HOME = {"PENEX": "penex.losses", "penex_loss": "penex.functional"}
+_HOME = {
+    "LinearPENEX": "penex.linear",
+    "LogPENEX": "penex.losses",
+    "PENEX": "penex.losses",
+    "penex_loss": "penex.functional",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,7 @@ from penex._inputs import smooth, weighted
 from penex._penalty import Settled
 from penex._robust import (
     LOG2E,
+    Asked,
     Call,
     compiled_loss,
     computed_in,
@@ -139,7 +140,7 @@ class _Plain(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         input, labels, mass = ctx.saved_tensors
         if looked_into(grad):
-            return differentiable(ctx.call, _settled(ctx, input), input, grad), None
+            return differentiable(ctx.call.given(_settled(ctx, input)), input, grad), None
         powers, ctx.powers = ctx.powers, None
         share = grad.item() / ctx.divisor
         exponential, factor = ctx.exponential, ctx.rho * share
@@ -191,10 +192,10 @@ def _total(powers: Tensor, mass: Tensor | None) -> float:
     return (powers.sum() if mass is None else (powers.sum(1, True) * mass).sum()).item()
 
 
-class _Mass:
+class Mass:
     """m_ik = w_k q_ik, the masses of soft targets, never all of them at a time."""
 
-    def __init__(self, input: Tensor, call: Call) -> None:
+    def __init__(self, input: Tensor, call: Asked) -> None:
         dtype = computed_in(input)
         self.target, self.smoothing = call.target, call.label_smoothing
         self.weight = self.keep = self.own = None
@@ -249,7 +250,7 @@ class _Dense(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, call: Call) -> Tensor:
-        mass, sum_a = _Mass(input, call), 0.0
+        mass, sum_a = Mass(input, call), 0.0
         for piece in pieces(input):
             values = _powers(input[piece], -call.alpha)
             factor, at_label = mass.times(values, piece)
@@ -270,7 +271,7 @@ class _Dense(torch.autograd.Function):
         call, mass = ctx.call, ctx.mass
         share = 0.0 if looked_into(grad) else grad.item() / ctx.divisor
         if not 1 / SAFE < abs(share) * ctx.rho <= 1:
-            return differentiable(call, _settled(ctx, input), input, grad), None
+            return differentiable(call.given(_settled(ctx, input)), input, grad), None
         powers, ctx.powers = ctx.powers, None
         result = powers if powers is not None else torch.empty_like(input)
         for piece in pieces(input):

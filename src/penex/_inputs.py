@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Batch(NamedTuple):
@@ -142,7 +142,7 @@ def check_tensors(input: Tensor, target: Tensor) -> None:
                 "dtype"
             )
         return
-    if target.dtype not in _INDEX_DTYPES:
+    if target.dtype not in INDEX_DTYPES:
         raise TypeError(
             "target: expected class indices (integer) or class probabilities (floating point), "
             f"got {target.dtype}"

@@ -25,22 +25,16 @@ PIECE = 1 << 22
 _DENSE = torch._C.DispatchKey.Dense  # what a tensor that stands for a batch of them lacks
 
 
-@dataclass(slots=True)
-class Call:
+@dataclass(slots=True, kw_only=True)
+class Asked:
     """What is asked of a batch, in the form that :func:`penex._inputs.validate` lets through."""
 
     target: Tensor
     """Class indices, (N, d1, ...), or one-hot labels or class probabilities, (N, K, d1, ...)."""
-    alpha: float
-    penalty: Penalty
     weight: Tensor | None
     ignore_index: int
     reduction: str
     label_smoothing: float
-    log_threshold: float | None
-    """Where huberization sets in, as a logarithm."""
-    definition: Callable[[Tensor, "Call", Settled], Tensor]
-    """The loss of logits with what was settled, differentiable any number of times."""
 
     def all_kept(self) -> bool:
         """Whether no row is ignored. To be asked on the CPU, where looking costs little."""
@@ -60,6 +54,22 @@ class Call:
         keep = labels != self.ignore_index
         labels = labels.where(keep, 0)
         return labels, keep.to(dtype) if weight is None else weight.take(labels).mul_(keep)
+
+
+@dataclass(slots=True, kw_only=True)
+class Call(Asked):
+    """What is asked of PENEX."""
+
+    alpha: float
+    penalty: Penalty
+    log_threshold: float | None
+    """Where huberization sets in, as a logarithm."""
+    definition: Callable[[Tensor, "Call", Settled], Tensor]
+    """The loss of logits with what was settled, differentiable any number of times."""
+
+    def given(self, settled: Settled) -> Callable[[Tensor], Tensor]:
+        """The loss as a function of the logits alone."""
+        return lambda logits: self.definition(logits, self, settled)
 
 
 def computed_in(input: Tensor) -> torch.dtype:
@@ -98,32 +108,60 @@ class _Rows(NamedTuple):
 @torch.no_grad()
 def _rows(input: Tensor, call: Call) -> tuple[_Rows, Settled]:
     """What value and gradient are made of, in the log domain."""
-    alpha, log_threshold = call.alpha, call.log_threshold
     dtype = computed_in(input)
     labels, mass = call.rows(dtype)
     assert mass is not None  # noqa: S101
+    true = input.gather(1, labels).to(dtype)
+    log_partition = (_log_partition(input, dtype) + mass.log()).masked_fill(mass <= 0, -math.inf)
+    value, log_rows, slope, settled = settle_rows(
+        true,
+        mass,
+        log_partition,
+        input.shape[1],
+        call.alpha,
+        call.penalty,
+        call.reduction,
+        call.log_threshold,
+    )
+    return _Rows(value, labels, log_rows, slope), settled
+
+
+def settle_rows(
+    true: Tensor,
+    mass: Tensor,
+    log_partition: Tensor,
+    num_classes: int,
+    alpha: float,
+    penalty: Penalty,
+    reduction: str,
+    log_threshold: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Settled]:
+    """What :class:`_Rows` has, labels apart, from little more than a number for each row.
+
+    `true` are the logits of the labels, `log_partition` is log omega_i S_i, both in the shape of
+    `mass`; where no value for each row is asked for, log sum_i omega_i S_i will do.
+    """
     live, log_mass = mass > 0, mass.log()
-    u = -alpha * input.gather(1, labels).to(dtype)
+    u = -alpha * true
     log_slope = u if log_threshold is None else u.clamp(max=log_threshold)
     log_exponential = log_slope + log_mass
     if log_threshold is not None:
         log_exponential = log_exponential + torch.log1p(F.relu(u - log_threshold))
     log_exponential = log_exponential.masked_fill(~live, -math.inf)
-    log_partition = (_log_partition(input, dtype) + log_mass).masked_fill(~live, -math.inf)
-    sums = PenaltySums.of(log_exponential, log_partition, input.shape[1])
-    settled = call.penalty.settle(sums, mass.sum())
+    sums = PenaltySums.of(log_exponential, log_partition, num_classes)
+    settled = penalty.settle(sums, mass.sum())
     log_penalty = settled.log_penalty
-    if call.reduction == "none":
+    if reduction == "none":
         value = (log_exponential.exp() + (log_partition + log_penalty).exp()).squeeze(1)
-        log_divisor = torch.zeros((), dtype=dtype, device=input.device)
+        log_divisor = torch.zeros_like(sums.partition)
     else:
-        mean = call.reduction == "mean"
+        mean = reduction == "mean"
         log_divisor = settled.divisor().log() if mean else torch.zeros_like(sums.partition)
         value = (sums.exponential - log_divisor).exp()
         value = value + (sums.partition + (log_penalty - log_divisor)).exp()
     log_rows = log_mass + (log_penalty - log_divisor)
     log_slope = (log_slope + log_mass - log_divisor).masked_fill(~live, -math.inf)
-    return _Rows(value, labels, log_rows, -alpha * log_slope.exp()), settled
+    return value, log_rows, -alpha * log_slope.exp(), settled
 
 
 class _Robust(torch.autograd.Function):
@@ -146,7 +184,7 @@ class _Robust(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, labels, log_rows, slope = ctx.saved_tensors
         if looked_into(grad):
-            return differentiable(ctx.call, ctx.settled, input, grad), *[None] * 6
+            return differentiable(ctx.call.given(ctx.settled), input, grad), *[None] * 6
         if grad.ndim:
             grad = grad.unsqueeze(1)
         return gradient(input, labels, log_rows, grad, slope * grad), *[None] * 6
@@ -227,11 +265,11 @@ def looked_into(grad: Tensor) -> bool:
     return torch.is_grad_enabled() or not torch._C._dispatch_keys(grad).has(_DENSE)
 
 
-def differentiable(call: Call, settled: Settled, input: Tensor, grad: Tensor) -> Tensor:
-    """The gradient by differentiating the definition; with a graph of its own if that is wanted."""
+def differentiable(definition: Callable[[Tensor], Tensor], input: Tensor, grad: Tensor) -> Tensor:
+    """The gradient by differentiating `definition`; with a graph of its own if that is wanted."""
     wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         logits = input if wanted else input.detach().requires_grad_()
-        value = call.definition(logits, call, settled)
+        value = definition(logits)
         (gradient,) = torch.autograd.grad(value, logits, grad, create_graph=wanted)
     return gradient

@@ -11,6 +11,7 @@ arXiv 2510.02107. What the docstrings mark "(derived)" is not in the paper.
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,6 +27,8 @@ from penex._inputs import (
     refuse_labels,
     validate,
 )
+from penex._linear import linear_penex_loss, sampled_linear_penex_loss
+from penex._log_domain import LogCall, log_domain_loss
 from penex._penalty import (
     PENALTY_MAX,
     PENALTY_MIN,
@@ -42,8 +45,12 @@ __all__ = [
     "confidence_penalty_loss",
     "estimate_penalty",
     "focal_loss",
+    "linear_penex_loss",
+    "log_penex_loss",
     "margin",
     "penex_loss",
+    "sampled_linear_penex_loss",
+    "z_loss",
 ]
 
 # Beyond this exponent float32 overflows. A class without target mass takes the exponential of no
@@ -123,6 +130,84 @@ def penex_loss(
         reduction=reduction,
         label_smoothing=label_smoothing,
         huberization=huberization,
+    )
+
+
+def log_penex_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    sensitivity: float = 0.1,
+    power: float = 1.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""PENEX in the log domain, with a power for the partition: a family from cross-entropy on.
+
+    .. math::
+        J = \frac1\alpha \log \frac1W \sum_{i,k} w_k q_{ik}\, e^{-\alpha f_{ik}}
+        + \frac1\beta \log \frac1W \sum_i \omega_i Z_i^\beta,
+        \qquad Z_i = \sum_j e^{f_{ij}}
+
+    with :math:`\omega_i = \sum_k w_k q_{ik}` and :math:`W = \sum_i \omega_i` (derived). For
+    :math:`\alpha = \beta = 0` this is cross-entropy; for :math:`\beta = 1` its gradient has the
+    direction of :func:`penex_loss` with the penalty of the batch. The model it trains predicts
+    :math:`p(y|x) = \operatorname{softmax}((1+\alpha) f(x))` for every :math:`\beta`: see
+    :func:`penex.inference.predict_proba`.
+
+    J is convex in the logits, is unchanged when one constant is added to all of them, and no
+    logits overflow it. Its gradient is :math:`w_i \operatorname{softmax}(f_i)_j - v_{ij}`: the
+    :math:`v_{ij} \propto w_j q_{ij} e^{-\alpha f_{ij}}` are AdaBoost's weights of the samples, the
+    :math:`w_i \propto \omega_i Z_i^\beta` weigh the rows by their partition, and both sum to one.
+    For small powers it is cross-entropy plus :math:`\alpha/2` times the variance of :math:`f_y`
+    and :math:`\beta/2` times that of :math:`\log Z` over the batch; so it depends on the batch,
+    and the loss of one row with one label is its cross-entropy.
+
+    Shapes, keywords, denominators, dtypes and the handling of one-hot and of empty batches are
+    those of :func:`penex_loss`. The sum is :math:`W J`, and so the mean is J times W over the
+    denominator of ``cross_entropy``; they differ with class weights in soft targets alone.
+
+    Args:
+        input: Logits, floating point, shape (K), (N, K) or (N, K, d1, ...). Computed in float32,
+            or float64 if that is the input's dtype; the gradient has the input's dtype.
+        target: As in :func:`penex_loss`, like the arguments not listed here.
+        sensitivity: :math:`\alpha \ge 0`. Larger values weigh badly classified samples more.
+        power: :math:`\beta \ge 0`. Larger values hold the partitions of the samples together.
+        weight: As in :func:`penex_loss`.
+        ignore_index: As in :func:`penex_loss`.
+        reduction: ``"mean"``, ``"sum"``, or ``"none"``: the rows of the tangent of the sum, which
+            are those of cross-entropy at :math:`\alpha = \beta = 0`. The two logarithms of the
+            batch, a and b, are constants in them; the rows add up to the sum, and their gradients
+            to its gradient:
+            :math:`\omega_i(a+b) + \sum_k w_k q_{ik} (e^{-\alpha (f_{ik} + a)} - 1)/\alpha
+            + \omega_i (Z_i^\beta e^{-\beta b} - 1)/\beta`.
+        label_smoothing: As in :func:`penex_loss`.
+
+    Returns:
+        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError: As :func:`penex_loss`, except that `sensitivity` may be
+            zero; also if `power` is not a finite number >= 0.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> log_penex_loss(logits, torch.tensor([0, 1]), sensitivity=0.5, power=1.0)
+        tensor(0.3625)
+    """
+    check_options(ignore_index, reduction, label_smoothing)
+    return log_domain(
+        input,
+        target,
+        alpha=number("sensitivity", sensitivity, 0.0, math.inf),
+        beta=number("power", power, 0.0, math.inf),
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        group=None,
     )
 
 
@@ -323,6 +408,84 @@ def confidence_penalty_loss(
     return _as_asked(_reduced(rows, batch, reduction), input, reduction)
 
 
+def z_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    strength: float = 1e-4,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross-entropy plus `strength` times the squared logarithm of the partition.
+
+    .. math:: \ell_i = -\sum_k w_k q_{ik} \log p_{ik} + \lambda\, \omega_i \log^2 \sum_j e^{f_{ij}}
+
+    Source: Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, arXiv
+    2204.02311, section 5, with :math:`\lambda = 10^{-4}`. ``strength=0`` is cross-entropy.
+
+    Args:
+        input: As in :func:`penex_loss`, like the arguments not listed here.
+        target: As in :func:`penex_loss`.
+        strength: :math:`\lambda \ge 0`.
+        weight: As in :func:`penex_loss`; a row's partition has the weight :math:`\omega_i` of its
+            target, as in the penalty of PENEX.
+        ignore_index: As in :func:`penex_loss`.
+        reduction: As in :func:`penex_loss`.
+        label_smoothing: As in :func:`penex_loss`.
+
+    Returns:
+        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError: As :func:`penex_loss`; also if `strength` < 0.
+
+    Example:
+        >>> z_loss(torch.zeros(1, 2), torch.tensor([0]), strength=0.5)  # log(2) + log(2)^2 / 2
+        tensor(0.9334)
+    """
+    strength = number("strength", strength, 0.0, math.inf)
+    check_options(ignore_index, reduction, label_smoothing)
+    batched = validate(input, target, weight, ignore_index)
+    batch = prepare(
+        *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
+    log_q = batch.select(F.log_softmax(batch.logits, 1))
+    live = (batch.mass != 0) | (log_q > -math.inf)  # the rest is 0 * inf
+    nll = -(batch.mass * log_q.where(live, 0.0)).sum(1)
+    rows = nll + strength * batch.total * batch.logits.logsumexp(1).square()
+    return _as_asked(_reduced(rows, batch, reduction), input, reduction)
+
+
+def log_domain(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """:func:`log_penex_loss` over the ranks of a group; :class:`penex.LogPENEX` calls it too."""
+    shape = input, reduction
+    input, target = validate(input, target, weight, ignore_index)
+    call = LogCall(
+        target=target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        alpha=alpha,
+        beta=beta,
+        group=group,
+    )
+    return _as_asked(log_domain_loss(input, call), *shape)
+
+
 def penalized(
     input: Tensor,
     target: Tensor,
@@ -340,15 +503,15 @@ def penalized(
     input, target = validate(input, target, weight, ignore_index)
     threshold = _log_threshold(huberization)
     call = Call(
-        target,
-        alpha,
-        penalty,
-        weight,
-        ignore_index,
-        reduction,
-        label_smoothing,
-        threshold,
-        _defined,
+        target=target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        alpha=alpha,
+        penalty=penalty,
+        log_threshold=threshold,
+        definition=_defined,
     )
     value = None
     if applies(input):

@@ -37,7 +37,7 @@ def predict_log_proba(input: Tensor, sensitivity: float, dim: int = 1) -> Tensor
         >>> predict_log_proba(torch.tensor([[2.0, 0.0]]), 0.5)
         tensor([[-0.0486, -3.0486]])
     """
-    return F.log_softmax(_scaled(input, sensitivity), dim).to(input.dtype)
+    return log_softmax_of(input, positive("sensitivity", sensitivity), dim)
 
 
 def predict_proba(input: Tensor, sensitivity: float, dim: int = 1) -> Tensor:
@@ -59,11 +59,20 @@ def predict_proba(input: Tensor, sensitivity: float, dim: int = 1) -> Tensor:
         >>> predict_proba(torch.tensor([[2.0, 0.0]]), 0.5)
         tensor([[0.9526, 0.0474]])
     """
-    return F.softmax(_scaled(input, sensitivity), dim).to(input.dtype)
+    return softmax_of(input, positive("sensitivity", sensitivity), dim)
 
 
-def _scaled(input: Tensor, sensitivity: float) -> Tensor:
-    alpha = positive("sensitivity", sensitivity)
+def log_softmax_of(input: Tensor, alpha: float, dim: int) -> Tensor:
+    """:func:`predict_log_proba` for a sensitivity that was checked, and may be 0."""
+    return F.log_softmax(_scaled(input, alpha), dim).to(input.dtype)
+
+
+def softmax_of(input: Tensor, alpha: float, dim: int) -> Tensor:
+    """:func:`predict_proba` for a sensitivity that was checked, and may be 0."""
+    return F.softmax(_scaled(input, alpha), dim).to(input.dtype)
+
+
+def _scaled(input: Tensor, alpha: float) -> Tensor:
     if not input.is_floating_point():
         raise TypeError(f"input: expected floating-point logits, got {input.dtype}")
     return (1 + alpha) * (input if input.dtype == torch.float64 else input.float())

@@ -12,7 +12,7 @@ from penex import functional, inference
 from penex._inputs import check_options, choice, number, positive
 from penex._penalty import PenaltySums, Settled, check_penalty_bounds, estimate
 
-__all__ = ["PENEX", "ConfidencePenaltyLoss", "FocalLoss"]
+__all__ = ["PENEX", "ConfidencePenaltyLoss", "FocalLoss", "LogPENEX", "ZLoss"]
 
 
 class _Loss(nn.Module):
@@ -43,7 +43,57 @@ class _Loss(nn.Module):
         )
 
 
-class PENEX(_Loss):
+class _Penalized(nn.Module):
+    """The rule for the penalty, and the running penalty: what :class:`PENEX` says of them."""
+
+    penalty: Tensor
+
+    def _hold(
+        self,
+        sensitivity: float,
+        penalty_mode: str | None,
+        penalty: float | None,
+        penalty_min: float,
+        penalty_max: float,
+        ema: float,
+        huberization: float | None,
+        process_group: dist.ProcessGroup | Literal["world"] | None,
+    ) -> None:
+        if penalty_mode is None:
+            penalty_mode = "running" if penalty is None else "fixed"
+        self.penalty_mode = choice("penalty_mode", penalty_mode, ("running", "auto", "fixed"))
+        if penalty is not None:
+            penalty = _float32("penalty", penalty)
+        if penalty_mode == "fixed" and penalty is None:
+            raise ValueError("penalty: penalty_mode='fixed' needs a positive number, got None")
+        if penalty_mode == "auto" and penalty is not None:
+            raise ValueError(f"penalty: penalty_mode='auto' estimates it, got {penalty}")
+        check_penalty_bounds(penalty_min, penalty_max)
+        self.sensitivity = positive("sensitivity", sensitivity)
+        self.penalty_min = _float32("penalty_min", penalty_min)
+        self.penalty_max = _float32("penalty_max", penalty_max)
+        self.ema = number("ema", ema, 0.0, 1.0)
+        self.huberization = None if huberization is None else positive("huberization", huberization)
+        if isinstance(process_group, str):
+            choice("process_group", process_group, ("world",))
+        self.process_group = process_group
+        start = math.nan if penalty is None else penalty
+        self.register_buffer("penalty", torch.tensor(start, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the penalty like any buffer, but keep it float32: 1e-10 is 0 in float16."""
+        penalty = self.penalty
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.penalty.dtype != torch.float32:
+            self.penalty = penalty.to(self.penalty.device)
+        return self
+
+    def _rule_repr(self) -> str:
+        penalty = f", penalty={self.penalty.item():g}" if self.penalty_mode == "fixed" else ""
+        return f"sensitivity={self.sensitivity}, penalty_mode={self.penalty_mode!r}{penalty}"
+
+
+class PENEX(_Penalized, _Loss):
     r"""Penalized exponential loss, in the place of :class:`torch.nn.CrossEntropyLoss`.
 
     Computes :func:`penex.functional.penex_loss`, where shapes, options and the two differences to
@@ -98,8 +148,6 @@ class PENEX(_Loss):
         tensor(0.0250)
     """
 
-    penalty: Tensor
-
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -114,29 +162,19 @@ class PENEX(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        process_group: "dist.ProcessGroup | Literal['world'] | None" = None,
+        process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         super().__init__(weight, ignore_index, reduction, label_smoothing)
-        if penalty_mode is None:
-            penalty_mode = "running" if penalty is None else "fixed"
-        self.penalty_mode = choice("penalty_mode", penalty_mode, ("running", "auto", "fixed"))
-        if penalty is not None:
-            penalty = _float32("penalty", penalty)
-        if penalty_mode == "fixed" and penalty is None:
-            raise ValueError("penalty: penalty_mode='fixed' needs a positive number, got None")
-        if penalty_mode == "auto" and penalty is not None:
-            raise ValueError(f"penalty: penalty_mode='auto' estimates it, got {penalty}")
-        check_penalty_bounds(penalty_min, penalty_max)
-        self.sensitivity = positive("sensitivity", sensitivity)
-        self.penalty_min = _float32("penalty_min", penalty_min)
-        self.penalty_max = _float32("penalty_max", penalty_max)
-        self.ema = number("ema", ema, 0.0, 1.0)
-        self.huberization = None if huberization is None else positive("huberization", huberization)
-        if isinstance(process_group, str):
-            choice("process_group", process_group, ("world",))
-        self.process_group = process_group
-        start = math.nan if penalty is None else penalty
-        self.register_buffer("penalty", torch.tensor(start, dtype=torch.float32))
+        self._hold(
+            sensitivity,
+            penalty_mode,
+            penalty,
+            penalty_min,
+            penalty_max,
+            ema,
+            huberization,
+            process_group,
+        )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of `input` (logits) and `target`, as :func:`penex.functional.penex_loss`."""
@@ -152,20 +190,8 @@ class PENEX(_Loss):
             huberization=self.huberization,
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the penalty like any buffer, but keep it float32: 1e-10 is 0 in float16."""
-        penalty = self.penalty
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.penalty.dtype != torch.float32:
-            self.penalty = penalty.to(self.penalty.device)
-        return self
-
     def extra_repr(self) -> str:
-        penalty = f", penalty={self.penalty.item():g}" if self.penalty_mode == "fixed" else ""
-        return (
-            f"sensitivity={self.sensitivity}, penalty_mode={self.penalty_mode!r}{penalty}, "
-            f"{super().extra_repr()}"
-        )
+        return f"{self._rule_repr()}, {super().extra_repr()}"
 
     def predict_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
         """Class probabilities of logits trained with this loss.
@@ -190,7 +216,7 @@ def _ranks(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
 class _Held:
     """The penalty of a criterion for one batch; in training the batch is absorbed first."""
 
-    def __init__(self, criterion: PENEX) -> None:
+    def __init__(self, criterion: _Penalized) -> None:
         self.current, self.ema = criterion.penalty, criterion.ema
         self.mode = criterion.penalty_mode
         training = criterion.training and torch.is_grad_enabled()
@@ -229,6 +255,88 @@ class _Held:
         if self.learning:
             self.current.fill_(value)
         return value
+
+
+class LogPENEX(_Loss):
+    r"""PENEX in the log domain, in the place of :class:`torch.nn.CrossEntropyLoss`.
+
+    Computes :func:`penex.functional.log_penex_loss`, where shapes, options and what it means are
+    described. There is no penalty to estimate and no state. The model it trains predicts
+    :math:`\operatorname{softmax}((1+\alpha) f)`, whatever the power: :meth:`predict_proba`.
+
+    Args:
+        weight: Class weights, shape (K).
+        sensitivity: :math:`\alpha \ge 0`.
+        power: :math:`\beta \ge 0`.
+        ignore_index: As in :func:`penex.functional.log_penex_loss`.
+        reduction: As in :func:`penex.functional.log_penex_loss`.
+        label_smoothing: As in :func:`penex.functional.log_penex_loss`.
+        process_group: In training, take the batches of all ranks of this group for one: the
+            gradients that DistributedDataParallel averages are then those of one process with the
+            joined batch, however rows are ignored, and the ranks' losses average to its loss. One
+            collective of four numbers a step; every rank must call the criterion equally often.
+            Second derivatives then take what the other ranks contribute, and both logarithms of the
+            batch, as constants. ``"world"``: every rank of the job, looked up when a batch comes;
+            None where :mod:`torch.distributed` is not initialised. None: the local batch alone.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> criterion = LogPENEX(sensitivity=0.1, power=4.0)
+        >>> logits = torch.zeros(2, 4, requires_grad=True)
+        >>> criterion(logits, torch.tensor([0, 3]))  # log 4
+        tensor(1.3863, grad_fn=<_SmallBackward>)
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        sensitivity: float = 0.1,
+        power: float = 1.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        process_group: dist.ProcessGroup | Literal["world"] | None = None,
+    ) -> None:
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
+        self.sensitivity = number("sensitivity", sensitivity, 0.0, math.inf)
+        self.power = number("power", power, 0.0, math.inf)
+        if isinstance(process_group, str):
+            choice("process_group", process_group, ("world",))
+        self.process_group = process_group
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of `input` (logits) and `target`."""
+        training = self.training and torch.is_grad_enabled()
+        return functional.log_domain(
+            input,
+            target,
+            alpha=self.sensitivity,
+            beta=self.power,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            group=_ranks(self.process_group) if training else None,
+        )
+
+    def extra_repr(self) -> str:
+        return f"sensitivity={self.sensitivity}, power={self.power}, {super().extra_repr()}"
+
+    def predict_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
+        """Class probabilities of logits trained with this loss.
+
+        :func:`penex.inference.predict_proba` with this sensitivity, plain softmax for 0. `dim` is
+        the class dimension; None: 1, or 0 for unbatched input.
+        """
+        return inference.softmax_of(input, self.sensitivity, _class_dim(input, dim))
+
+    def predict_log_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
+        """Logarithm of :meth:`predict_proba`, computed without leaving the log domain."""
+        return inference.log_softmax_of(input, self.sensitivity, _class_dim(input, dim))
 
 
 class FocalLoss(_Loss):
@@ -286,6 +394,40 @@ class ConfidencePenaltyLoss(_Loss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of `input` (logits) and `target`."""
         return functional.confidence_penalty_loss(
+            input,
+            target,
+            strength=self.strength,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def extra_repr(self) -> str:
+        return f"strength={self.strength}, {super().extra_repr()}"
+
+
+class ZLoss(_Loss):
+    """The z-loss with the keywords of :class:`torch.nn.CrossEntropyLoss`.
+
+    Computes :func:`penex.functional.z_loss`, where the arguments are described.
+    """
+
+    def __init__(
+        self,
+        strength: float = 1e-4,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
+        self.strength = number("strength", strength, 0.0, math.inf)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of `input` (logits) and `target`."""
+        return functional.z_loss(
             input,
             target,
             strength=self.strength,

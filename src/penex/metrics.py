@@ -35,6 +35,7 @@ __all__ = [
     "TEMPERATURE_BOUNDS",
     "Metric",
     "Reliability",
+    "Spread",
     "accuracy",
     "bootstrap",
     "brier",
@@ -47,6 +48,7 @@ __all__ = [
     "margins",
     "nll",
     "reliability",
+    "spread",
 ]
 
 Floats = NDArray[np.float64]
@@ -66,6 +68,15 @@ class Metric(NamedTuple):
     def format(self, value: float) -> str:
         """The number without its unit: an accuracy of 0.934 is "93.4", an NLL of 1/3 "0.333"."""
         return f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
+
+
+class Spread(NamedTuple):
+    """What :func:`spread` measures."""
+
+    label: float
+    """The variance of f_y."""
+    partition: float
+    """The variance of log Z."""
 
 
 METRICS: Mapping[str, Metric] = {  # what `evaluate` returns, in its order
@@ -295,6 +306,18 @@ def margins(logits: ArrayLike, target: ArrayLike) -> Floats:
     In nats. Arguments as in :func:`accuracy`. +inf where all other classes have probability zero.
     """
     return _margins(_predictions(logits, target))
+
+
+def spread(logits: ArrayLike, target: ArrayLike) -> Spread:
+    r"""The variances of :math:`f_y` and of :math:`\log \sum_j e^{f_j}`, in square nats.
+
+    Half of each, times a power, is what the log-domain loss adds to cross-entropy for small powers:
+    :func:`penex.functional.log_penex_loss`. The one metric for logits as the network has them,
+    without the factor of inference. Arguments as in :func:`accuracy`.
+    """
+    p = _predictions(logits, target)
+    label = np.asarray(_array(logits), np.float64)[np.arange(len(p.target)), p.target]
+    return Spread(float(label.var()), float((label - p.of(p.target)).var()))
 
 
 def margin_bound(mean_loss: float, margin: float, sensitivity: float, penalty: float) -> float:

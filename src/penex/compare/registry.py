@@ -89,6 +89,18 @@ def _penex(knob: float, context: Context) -> "nn.Module":
     return PENEX(sensitivity=knob)
 
 
+def _log_penex(knob: float, context: Context) -> "nn.Module":
+    from penex.losses import LogPENEX
+
+    return LogPENEX(sensitivity=0.0, power=knob)
+
+
+def _z_loss(knob: float, context: Context) -> "nn.Module":
+    from penex.losses import ZLoss
+
+    return ZLoss(strength=knob)
+
+
 def _exponential(knob: float, context: Context) -> "nn.Module":
     from penex.compare.ablations import ExponentialLoss
 
@@ -177,6 +189,19 @@ LOSSES = {
             _penex,
             _SENSITIVITY,
             scale=lambda alpha, context: 1 + alpha,
+        ),
+        # The log-domain family at sensitivity 0, where its one knob is the power.
+        Loss(
+            "log-penex",
+            "log-PENEX",
+            _log_penex,
+            Knob("power", "β", default=4.0, low=0.25, high=64.0, log=True),
+        ),
+        Loss(
+            "z-loss",
+            "z-loss",
+            _z_loss,
+            Knob("strength", "λ", default=0.01, low=1e-4, high=1.0, log=True),
         ),
         # The paper's ablations; `penex.compare.ablations` derives their scales.
         Loss(
