@@ -27,8 +27,9 @@ results: .venv/.dev  ## The numbers and the picture of README and docs, made ane
 	$(BIN)/penex compare --data digits --train-size 300 --label-noise 0.2 --out build/results/digits-noisy
 	$(BIN)/python docs/make_results.py build/results
 
-pictures: .venv/.dev  ## The pictures of "How PENEX works", made anew
+pictures: .venv/.dev  ## The pictures of the pages that explain the losses, made anew
 	$(BIN)/python docs/make_pictures.py
+	$(BIN)/python docs/make_log_penex.py
 
 bench: .venv/.dev  ## Time and memory on the CPU, and docs/performance.md made anew (some minutes)
 	$(BIN)/python -m benchmarks.loss

@@ -46,7 +46,8 @@ def module(case: dict[str, Any], share: int, groups: Groups) -> dict[str, Any]:
     optimiser = torch.optim.SGD(head.parameters(), lr=2.0)
     to_input = []
     for step in case["steps"]:
-        hidden, target = step[share] if data is not None else map(torch.cat, zip(*step, strict=True))
+        whole = map(torch.cat, zip(*step, strict=True))
+        hidden, target = whole if data is None else step[share]
         hidden.requires_grad_()
         optimiser.zero_grad()
         head(hidden, target).backward()

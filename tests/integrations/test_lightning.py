@@ -132,9 +132,33 @@ def test_numbers_are_their_definitions(
     criterion(logits.clone().requires_grad_(), target)
     got = measured(criterion, logits, target)
     assert got.pop("penalty") == criterion.penalty
+    variances = {got.pop(key, None) for key in ("label_variance", "partition_variance")}
+    assert (variances == {None}) == (not got)
     assert {key: value.item() for key, value in got.items()} == pytest.approx(
         definitions(logits, target, keywords), rel=1e-6, abs=1e-12
     )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_variances_are_the_second_order_of_the_log_domain(kind: str, options: str) -> None:
+    logits, target, keywords = make_call(kind, (7, 5), options)
+    logits = logits.double()
+    if keywords.get("weight") is not None:
+        keywords["weight"] = keywords["weight"].double()
+    keywords["reduction"] = "sum"
+    got = measured(penex.LogPENEX(**keywords), logits, target)
+    assert "penalty" not in got
+    zeros = penex.penex_loss(torch.zeros_like(logits), target, penalty=1.0, **keywords)
+    total = zeros / (1 + logits.shape[1])  # the sum of all masses
+    small = 1e-5
+    for key, alpha, beta in (("label", small, 0.0), ("partition", 0.0, small)):
+        loss, limit = (
+            penex.functional.log_penex_loss(logits, target, sensitivity=a, power=b, **keywords)
+            for a, b in ((alpha, beta), (0.0, 0.0))
+        )
+        expected = 2 * (loss - limit) / (small * total)
+        torch.testing.assert_close(got[f"{key}_variance"], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_weights_that_overflow_have_shares_all_the_same() -> None:
@@ -162,7 +186,7 @@ def test_logged_are_the_batches_of_the_steps_that_are_logged(tmp_path: Path) -> 
     for step, row in table.iterrows():
         logits, target, penalty = module.batches[int(str(step))]
         expected = measured(module.criterion, logits, target) | {"penalty": penalty}
-        assert len(expected) == 8
+        assert len(expected) == 10
         for key, value in expected.items():
             assert row[f"penex/{key}"] == pytest.approx(value.item(), rel=1e-6)
     assert module.forwards == 14  # one for each batch
@@ -197,7 +221,7 @@ def test_several_criteria_have_names_and_one_may_be_chosen(tmp_path: Path) -> No
     trainer = make_trainer(tmp_path, callbacks=[PENEXMonitor()], log_every_n_steps=1)
     trainer.fit(module, make_loader(4))
     row = logged(trainer).iloc[0]
-    assert len([name for name in row.index if name.startswith("penex/")]) == 16
+    assert len([name for name in row.index if name.startswith("penex/")]) == 20
     logits, target, _ = module.batches[0]
     for name, criterion, seen in (
         ("criterion", module.criterion, logits),
@@ -241,7 +265,10 @@ def test_a_module_without_the_criterion_is_refused(tmp_path: Path) -> None:
     module.criterion = nn.CrossEntropyLoss()
     with pytest.raises(ValueError, match=r"expected a penex.PENEX among .* of Module, found none"):
         make_trainer(tmp_path, callbacks=[PENEXMonitor()]).fit(module, make_loader())
-    with pytest.raises(TypeError, match=r"criterion: expected a penex.PENEX, got CrossEntropyLoss"):
+    with pytest.raises(
+        TypeError,
+        match=r"criterion: expected a penex.PENEX or penex.LogPENEX, got CrossEntropyLoss",
+    ):
         PENEXMonitor(nn.CrossEntropyLoss())
 
 

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from penex import functional
 from penex._extras import need
 from penex._inputs import labels_of, prepare, validate
-from penex.losses import PENEX
+from penex.losses import PENEX, LogPENEX
 
 need("penex.integrations.lightning", "lightning", "lightning")
 
@@ -52,7 +52,13 @@ class PENEXMonitor(Callback):
     ``penex/margin_median``          their median, the lower one of two
     ``penex/margin_q05``             the margin of rank :math:`\lceil 0.05\, n \rceil` from below
     ``penex/margin_negative``        share of margins below 0, which is the training error
+    ``penex/label_variance``         variance of :math:`f_y` over the batch
+    ``penex/partition_variance``     variance of :math:`\log \sum_j e^{f_j}` over the batch
     ================================ ============================================================
+
+    The variances are weighed as the loss weighs rows and classes. They are what
+    :class:`penex.LogPENEX` adds to cross-entropy, to second order; that loss can be watched too,
+    and has all numbers but the penalty.
 
     With several criteria a module's name follows: ``penex/heads.main/penalty``. If a criterion is
     called more than once in a step (micro-batches, deep supervision), the last call counts. With
@@ -60,22 +66,25 @@ class PENEXMonitor(Callback):
     the first; :math:`\rho` is the common one if the criterion has a `process_group`.
 
     Args:
-        criterion: The criterion to watch. None: every :class:`penex.PENEX` in the module.
+        criterion: The criterion to watch. None: every one in the module.
 
     Raises:
-        TypeError: `criterion` is not a :class:`penex.PENEX`.
-        ValueError: At the start of training: there is no :class:`penex.PENEX` in the module.
+        TypeError: `criterion` is neither a :class:`penex.PENEX` nor a :class:`penex.LogPENEX`.
+        ValueError: At the start of training: there is no such criterion in the module.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[PENEXMonitor()])  # doctest: +SKIP
     """
 
-    def __init__(self, criterion: PENEX | None = None) -> None:
-        if criterion is not None and not isinstance(criterion, PENEX):
-            raise TypeError(f"criterion: expected a penex.PENEX, got {type(criterion).__name__}")
+    def __init__(self, criterion: PENEX | LogPENEX | None = None) -> None:
+        if criterion is not None and not isinstance(criterion, PENEX | LogPENEX):
+            raise TypeError(
+                "criterion: expected a penex.PENEX or penex.LogPENEX, got "
+                f"{type(criterion).__name__}"
+            )
         self.criterion = criterion
-        self._watched: dict[str, PENEX] = {}
+        self._watched: dict[str, PENEX | LogPENEX] = {}
         self._handles: list[RemovableHandle] = []
         self._due = False
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -117,10 +126,10 @@ class PENEXMonitor(Callback):
         """Leave the criteria as they were."""
         self.on_train_end()
 
-    def _find(self, module: LightningModule) -> dict[str, PENEX]:
+    def _find(self, module: LightningModule) -> dict[str, PENEX | LogPENEX]:
         if self.criterion is not None:
             return {"criterion": self.criterion}
-        found = {name: m for name, m in module.named_modules() if isinstance(m, PENEX)}
+        found = {name: m for name, m in module.named_modules() if isinstance(m, PENEX | LogPENEX)}
         if not found:
             raise ValueError(
                 f"PENEXMonitor: expected a penex.PENEX among the submodules of "
@@ -141,9 +150,11 @@ class PENEXMonitor(Callback):
 
 
 @torch.no_grad()
-def measured(criterion: PENEX, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+def measured(criterion: PENEX | LogPENEX, input: Tensor, target: Tensor) -> dict[str, Tensor]:
     """The numbers of :class:`PENEXMonitor` for a batch that `criterion` has seen, 0-d each."""
-    numbers = {"penalty": criterion.penalty.clone()}
+    numbers, huberization = {}, None
+    if isinstance(criterion, PENEX):
+        numbers["penalty"], huberization = criterion.penalty.clone(), criterion.huberization
     input, target = validate(input, target, criterion.weight, criterion.ignore_index)
     batch = prepare(
         input,
@@ -157,9 +168,10 @@ def measured(criterion: PENEX, input: Tensor, target: Tensor) -> dict[str, Tenso
     if count == 0:
         return numbers
 
-    u = -criterion.sensitivity * batch.select(batch.logits)
-    if criterion.huberization is not None:
-        u = u.clamp(max=math.log(criterion.huberization))
+    selected = batch.select(batch.logits)
+    u = -criterion.sensitivity * selected
+    if huberization is not None:
+        u = u.clamp(max=math.log(huberization))
     log_weights = (u + batch.mass.log()).where(batch.mass > 0, -math.inf).logsumexp(1)[kept]
     heaviest = log_weights.max()
     relative = (log_weights - heaviest).exp()  # right even where the weights themselves overflow
@@ -175,4 +187,11 @@ def measured(criterion: PENEX, input: Tensor, target: Tensor) -> dict[str, Tenso
     numbers["margin_median"] = ordered[(count - 1) // 2]
     numbers["margin_q05"] = ordered[math.ceil(0.05 * count) - 1]
     numbers["margin_negative"] = (margins < 0).float().mean()
+    numbers["label_variance"] = _variance(selected, batch.mass)
+    numbers["partition_variance"] = _variance(batch.logits.logsumexp(1), batch.total)
     return numbers
+
+
+def _variance(values: Tensor, mass: Tensor) -> Tensor:
+    shares, values = mass / mass.sum(), values.where(mass > 0, 0)
+    return (shares * (values - (shares * values).sum()) ** 2).sum()
