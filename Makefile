@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: demo test lint docs results pictures bench gpu api dist lock clean
+.PHONY: demo test lint docs results log-results pictures bench gpu api dist lock clean
 
 demo: .venv/.demo  ## Compare five losses on digits (about a minute)
 	$(BIN)/penex compare --out penex-results
@@ -26,6 +26,24 @@ results: .venv/.dev  ## The numbers and the picture of README and docs, made ane
 	$(BIN)/penex compare --out build/results/digits
 	$(BIN)/penex compare --data digits --train-size 300 --label-noise 0.2 --out build/results/digits-noisy
 	$(BIN)/python docs/make_results.py build/results
+
+# What docs/log-penex.md compares: equal budgets of tuning, five seeds, networks of one kind.
+LOG_LOSSES := cross-entropy,label-smoothing,confidence-penalty,focal,z-loss,penex,log-penex
+LOG_COMPARE = $(BIN)/penex compare --losses $(LOG_LOSSES) --tune 12 --seeds 5 --epochs 60 --model mlp
+LOG_DIGITS := --data digits --train-size 300
+LOG_LETTER = $(DATA)/letter/letter-recognition.csv --target Letter --train-size 1000
+LOG_FASHION = hub:zalando-datasets/fashion_mnist --data-dir $(DATA)/fashion_mnist --train-size 1000
+
+log-results: .venv/.dev  ## The tables of docs/log-penex.md, made anew (half an hour)
+	@test -e "$(DATA)/letter/letter-recognition.csv" -a -d "$(DATA)/fashion_mnist" || \
+	  { echo "make log-results DATA=FOLDER: FOLDER holds letter/letter-recognition.csv (UCI) and fashion_mnist/ (the hub's Parquet files)"; exit 2; }
+	$(LOG_COMPARE) $(LOG_DIGITS) --out build/results/log-penex/digits
+	$(LOG_COMPARE) $(LOG_DIGITS) --label-noise 0.2 --out build/results/log-penex/digits-noisy
+	$(LOG_COMPARE) $(LOG_LETTER) --out build/results/log-penex/letter
+	$(LOG_COMPARE) $(LOG_LETTER) --label-noise 0.3 --out build/results/log-penex/letter-noisy
+	$(LOG_COMPARE) $(LOG_FASHION) --out build/results/log-penex/fashion
+	$(LOG_COMPARE) $(LOG_FASHION) --label-noise 0.3 --out build/results/log-penex/fashion-noisy
+	$(BIN)/python docs/make_log_results.py build/results/log-penex
 
 pictures: .venv/.dev  ## The pictures of the pages that explain the losses, made anew
 	$(BIN)/python docs/make_pictures.py

@@ -180,7 +180,7 @@ def test_a_choice_of_losses() -> None:
 
 
 def test_an_unknown_preset() -> None:
-    with pytest.raises(CompareError, match="'cifar01'; did you mean cifar10"):
+    with pytest.raises(CompareError, match="'cifar01'. Did you mean 'cifar10'"):
         preset("cifar01")
 
 

@@ -227,9 +227,10 @@ def test_two_processes_share_a_study_and_one_is_killed(kind: str, tmp_path: Path
 
     one.kill_after(half_way)
     other.finish()
-    after = stored(storage)
-    assert [trial.number for trial in after] == list(range(4))
-    assert {trial.state.name for trial in after} == {"COMPLETE"}
+    after, extra = stored(storage)[:4], stored(storage)[4:]
+    assert [trial.state.name for trial in after] == ["COMPLETE"] * 4
+    # Opened by both at once, a study may hold more than were asked for; nobody takes those.
+    assert {trial.state.name for trial in extra} <= {"WAITING"}
     # What the killed one was at was done again, by the other one, with the same parameters.
     (lost,) = running
     assert after[lost.number].params == lost.params
