@@ -1,5 +1,6 @@
 """The README's tables are what the committed results say, and name every loss they should."""
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -36,4 +37,19 @@ def test_results_are_a_whole_comparison(name: str) -> None:
 def test_table_of_when_not_is_that_of_the_results_file(name: str) -> None:
     table = _make_results().penex_table(ROOT / "docs" / "results" / f"{name}.json")
     page = (ROOT / "docs" / "when-not.md").read_text()
+    assert f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->" in page
+
+
+LOG_NAMES = ("digits", "digits-noisy", "letter", "letter-noisy", "fashion", "fashion-noisy")
+
+
+@pytest.mark.parametrize("name", LOG_NAMES)
+def test_table_of_log_penex_is_that_of_the_results_file(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    table = importlib.import_module("make_log_results").table(
+        ROOT / "docs" / "results" / "log-penex" / f"{name}.json"
+    )
+    page = (ROOT / "docs" / "log-penex.md").read_text()
     assert f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->" in page
