@@ -42,11 +42,12 @@ OPTIONS = {
 }
 PENEX = "penex running"
 """The default mode."""
-PLAIN_LOSSES = (REFERENCE, PENEX, "naive", "focal", "confidence penalty")
+PLAIN_LOSSES = (REFERENCE, PENEX, "log-penex", "naive", "focal", "confidence penalty")
 PLOTTED = dict(zip(("focal", PENEX, "naive", "confidence penalty"), COLOURS[1:], strict=True))
 LABELS = {
     REFERENCE: "Cross-entropy",
     PENEX: "PENEX",
+    "log-penex": "log-PENEX",
     "naive": "PENEX as published",
     "focal": "Focal",
     "confidence penalty": "Confidence penalty",
