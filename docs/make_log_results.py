@@ -1,4 +1,4 @@
-"""Writes docs/results/log-penex and the tables of docs/log-penex.md, from comparisons that were run.
+"""Writes docs/results/log-penex and the tables of docs/log-penex.md, from comparisons made before.
 
 Called by `make log-results`, which runs the comparisons first.
 """
