@@ -1,8 +1,14 @@
 """What every test shares: one seed, one Hypothesis profile, and the `gpu` marker."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
+
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("penex", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("penex")
