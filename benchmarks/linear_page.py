@@ -1,6 +1,5 @@
 """Writes the tables and the picture of docs/linear-penex.md from benchmarks/results/linear-*."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness import RESULTS, Results
 from benchmarks.linear import APPLE, COMPILED, CURVES, HEAD, LIGER, LOGITS, REFERENCE, LinearRow
-from benchmarks.page import DOCS, about, against, duration, shape_name, table
+from benchmarks.page import DOCS, about, against, between_marks, duration, shape_name, table
 from penex.compare.plots import COLOURS, STYLE
 
 PAGE = DOCS / "linear-penex.md"
@@ -116,14 +115,7 @@ def elsewhere(folder: Path) -> str:
 def fill(text: str, folder: Path = RESULTS) -> str:
     """`text`, the page with marks, with what the results in `folder` say between them."""
     content = parts(read("cpu", folder)) | {"linear elsewhere": elsewhere(folder)}
-    for name, part in content.items():
-        marked = re.compile(rf"(<!-- result: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = marked.subn(
-            lambda match, part=part: f"{match[1]}\n{part}\n\n{match[2]}", text
-        )
-        if count != 1:
-            sys.exit(f"{PAGE.name}: expected one place for {name}, found {count}")
-    return text
+    return between_marks(text, content, PAGE)
 
 
 def draw(results: Results[LinearRow], path: Path) -> None:

@@ -271,13 +271,18 @@ def fill(text: str, folder: Path = RESULTS) -> str:
     cpu, *others = (read(slug, folder) for slug in slugs(folder))
     content = {name: part for name, (_, part) in parts(cpu).items()}
     content["elsewhere"] = elsewhere(others)
+    return between_marks(text, content, PAGE)
+
+
+def between_marks(text: str, content: dict[str, str], page: Path) -> str:
+    """`text` of `page`, with each part of `content` between the marks that carry its name."""
     for name, part in content.items():
         marked = re.compile(rf"(<!-- result: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = marked.subn(
             lambda match, part=part: f"{match[1]}\n{part}\n\n{match[2]}", text
         )
         if count != 1:
-            sys.exit(f"{PAGE.name}: expected one place for {name}, found {count}")
+            sys.exit(f"{page.name}: expected one place for {name}, found {count}")
     return text
 
 

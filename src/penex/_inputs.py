@@ -6,7 +6,7 @@ conventions are those of :func:`torch.nn.functional.cross_entropy`.
 
 import contextlib
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -59,6 +59,15 @@ def number(name: str, value: object, low: float, high: float, *, open_low: bool 
 def positive(name: str, value: object) -> float:
     """`value` as a float, refused unless it is finite and above zero."""
     return number(name, value, 0.0, math.inf, open_low=True)
+
+
+def count(name: str, value: object) -> int:
+    """`value` as an int, refused unless it is a whole number of things, one at least."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return int(value)
 
 
 def choice(name: str, value: object, options: tuple[str, ...]) -> str:

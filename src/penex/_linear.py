@@ -15,6 +15,7 @@ from penex._inputs import (
     Batch,
     check_options,
     choice,
+    count,
     positive,
     refuse_labels,
 )
@@ -315,14 +316,6 @@ def draw(
 
 
 # The boundary.
-
-
-def count(name: str, value: object) -> None:
-    """Refuse what is not a number of things."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def _check_tensors(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:

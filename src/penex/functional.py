@@ -257,11 +257,7 @@ def estimate_penalty(
     """
     alpha = positive("sensitivity", sensitivity)
     check_penalty_bounds(penalty_min, penalty_max)
-    check_options(ignore_index, "mean", label_smoothing)
-    batched = validate(input, target, weight, ignore_index)
-    batch = prepare(
-        *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
-    )
+    batch = _checked(input, target, weight, ignore_index, "mean", label_smoothing)
     sums = penalty_sums(batch, alpha, _log_threshold(huberization))
     return sums.penalty(alpha, penalty_min, penalty_max).where(~sums.empty(), math.nan)
 
@@ -339,11 +335,7 @@ def focal_loss(
         tensor(0.3466)
     """
     gamma = number("gamma", gamma, 0.0, math.inf)
-    check_options(ignore_index, reduction, label_smoothing)
-    batched = validate(input, target, weight, ignore_index)
-    batch = prepare(
-        *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
-    )
+    batch = _checked(input, target, weight, ignore_index, reduction, label_smoothing)
     log_p = batch.select(F.log_softmax(batch.logits, 1))
     # Where p rounds to 1, or is 0 in a class without mass, the term is 0; a stand-in keeps the
     # derivative of the power, and of 0 * inf, from becoming NaN there.
@@ -393,18 +385,11 @@ def confidence_penalty_loss(
         tensor(0.3466)
     """
     strength = number("strength", strength, 0.0, math.inf)
-    check_options(ignore_index, reduction, label_smoothing)
-    batched = validate(input, target, weight, ignore_index)
-    batch = prepare(
-        *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
-    )
+    batch = _checked(input, target, weight, ignore_index, reduction, label_smoothing)
     log_p = F.log_softmax(batch.logits, 1)
     finite = log_p.where(log_p > -math.inf, 0.0)  # p log p is 0 at p = 0
     entropy = -(log_p.exp() * finite).sum(1)
-    log_q = batch.select(log_p)
-    live = (batch.mass != 0) | (log_q > -math.inf)  # the rest is 0 * inf
-    nll = -(batch.mass * log_q.where(live, 0.0)).sum(1)
-    rows = nll - strength * batch.total * entropy
+    rows = _nll(batch, log_p) - strength * batch.total * entropy
     return _as_asked(_reduced(rows, batch, reduction), input, reduction)
 
 
@@ -446,16 +431,34 @@ def z_loss(
         tensor(0.9334)
     """
     strength = number("strength", strength, 0.0, math.inf)
+    batch = _checked(input, target, weight, ignore_index, reduction, label_smoothing)
+    rows = (
+        _nll(batch, F.log_softmax(batch.logits, 1))
+        + strength * batch.total * batch.logits.logsumexp(1).square()
+    )
+    return _as_asked(_reduced(rows, batch, reduction), input, reduction)
+
+
+def _checked(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Batch:
     check_options(ignore_index, reduction, label_smoothing)
     batched = validate(input, target, weight, ignore_index)
-    batch = prepare(
+    return prepare(
         *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
     )
-    log_q = batch.select(F.log_softmax(batch.logits, 1))
+
+
+def _nll(batch: Batch, log_p: Tensor) -> Tensor:
+    """Cross-entropy of the rows."""
+    log_q = batch.select(log_p)
     live = (batch.mass != 0) | (log_q > -math.inf)  # the rest is 0 * inf
-    nll = -(batch.mass * log_q.where(live, 0.0)).sum(1)
-    rows = nll + strength * batch.total * batch.logits.logsumexp(1).square()
-    return _as_asked(_reduced(rows, batch, reduction), input, reduction)
+    return -(batch.mass * log_q.where(live, 0.0)).sum(1)
 
 
 def log_domain(

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penex import inference
-from penex._inputs import check_options, choice
-from penex._linear import count, linear_penalized, sampled_penalized
+from penex._inputs import check_options, choice, count
+from penex._linear import linear_penalized, sampled_penalized
 from penex._tiles import Shard
 from penex.losses import _Held, _Penalized
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penex._extras import need
-from penex._inputs import choice, number, positive, smooth
+from penex._inputs import choice, count, number, positive, smooth
 from penex.losses import PENEX, ConfidencePenaltyLoss, FocalLoss
 
 need("penex.integrations.sklearn", "sklearn", "numpy", "sklearn")
@@ -304,11 +304,11 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     f"default, got {self.hidden_layer_sizes}"
                 )
         for size in self._hidden:
-            _at_least_one("hidden_layer_sizes", size)
+            count("hidden_layer_sizes", size)
         if self.batch_size != "auto":
-            _at_least_one("batch_size", self.batch_size)
-        _at_least_one("max_iter", self.max_iter)
-        _at_least_one("n_iter_no_change", self.n_iter_no_change)
+            count("batch_size", self.batch_size)
+        count("max_iter", self.max_iter)
+        count("n_iter_no_change", self.n_iter_no_change)
         positive("learning_rate_init", self.learning_rate_init)
         number("weight_decay", self.weight_decay, 0.0, math.inf)
         if self.tol is not None:
@@ -622,10 +622,3 @@ def _dense(X: Any, index: NDArray[np.intp], device: torch.device) -> Tensor:
 def _numpy(values: Tensor) -> NDArray[Any]:
     result: NDArray[Any] = values.numpy()
     return result
-
-
-def _at_least_one(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
