@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -15,10 +16,13 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.harness import Results, Skipped, Strict, Timing
 from benchmarks.memory import peak
+from penex._matmul import by_onednn
 from penex.functional import linear_penex_loss, penex_loss
 
 REFERENCE, COMPILED = "cross-entropy", "cross-entropy, compiled"
 LOGITS, HEAD = "penex of the logits", "penex without logits"
+PLAIN = "penex without logits, oneDNN off"
+"""With the products from the library that cross-entropy's come from."""
 LIGER, APPLE = "liger", "cut cross-entropy"
 
 SHAPES = [(4096, 256, 32768), (8192, 768, 50257), (2048, 1024, 131072)]
@@ -57,6 +61,13 @@ def of_logits(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return penex_loss(F.linear(hidden, weight), target)
 
 
+def without_onednn(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TF32 acceleration", UserWarning)  # nobody asked for it
+        with torch.backends.mkldnn.flags(enabled=False):
+            return linear_penex_loss(hidden, weight, target)
+
+
 def heads(options: argparse.Namespace, part: str) -> tuple[dict[str, Head], list[Skipped]]:
     """The heads to compare, and those that cannot be had here."""
     found: dict[str, Head] = {REFERENCE: cross_entropy, HEAD: linear_penex_loss}
@@ -64,6 +75,10 @@ def heads(options: argparse.Namespace, part: str) -> tuple[dict[str, Head], list
         return found, []
     found[LOGITS], skipped = of_logits, []
     cuda = options.device.type == "cuda"
+    if by_onednn(torch.ones(1, device=options.device)):
+        found[PLAIN] = without_onednn
+    elif not cuda:
+        skipped.append(Skipped(what=PLAIN, reason="there is no oneDNN beside MKL here"))
     if options.quick:
         skipped.append(Skipped(what=COMPILED, reason="a trial run"))
     elif not cuda and not any(map(shutil.which, ("g++", "clang++", "c++"))):

@@ -7,7 +7,17 @@ import matplotlib.style
 from matplotlib.figure import Figure
 
 from benchmarks.harness import RESULTS, Results
-from benchmarks.linear import APPLE, COMPILED, CURVES, HEAD, LIGER, LOGITS, REFERENCE, LinearRow
+from benchmarks.linear import (
+    APPLE,
+    COMPILED,
+    CURVES,
+    HEAD,
+    LIGER,
+    LOGITS,
+    PLAIN,
+    REFERENCE,
+    LinearRow,
+)
 from benchmarks.page import DOCS, about, against, between_marks, duration, shape_name, table
 from penex.compare.plots import COLOURS, STYLE
 
@@ -20,6 +30,7 @@ LABELS = {
     COMPILED: "Cross-entropy, compiled",
     LOGITS: "PENEX of the logits",
     HEAD: "PENEX without logits",
+    PLAIN: "PENEX without logits, oneDNN off",
     LIGER: "Liger's cross-entropy",
     APPLE: "Apple's cut cross-entropy",
 }

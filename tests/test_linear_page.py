@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import linear_page as page
 from benchmarks.harness import RESULTS, Results
-from benchmarks.linear import COMPILED, CURVES, HEAD, LOGITS, REFERENCE, SHAPES, LinearRow
+from benchmarks.linear import COMPILED, CURVES, HEAD, LOGITS, PLAIN, REFERENCE, SHAPES, LinearRow
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +34,7 @@ def test_results_are_whole_runs(slug: str) -> None:
     heads = {(row.shape, row.head) for row in results.rows if row.part == "table"}
     skipped = {part.what for part in results.skipped}
     for shape in SHAPES:
-        for head in {REFERENCE, HEAD, LOGITS, COMPILED} - skipped:
+        for head in {REFERENCE, HEAD, LOGITS, PLAIN, COMPILED} - skipped:
             assert (shape, head) in heads
 
 
@@ -66,7 +66,8 @@ def test_a_run_measures_every_head(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     results = Results[LinearRow].model_validate_json((tmp_path / "linear-cpu.json").read_text())
     assert results.quick
-    assert {row.head for row in results.rows} == {REFERENCE, HEAD, LOGITS}
+    measured = {REFERENCE, HEAD, LOGITS, PLAIN} - {part.what for part in results.skipped}
+    assert {row.head for row in results.rows} == measured
     rows = {row.head: row for row in results.rows}
     for row in rows.values():
         assert row.ratio == row.timing.median / rows[REFERENCE].timing.median

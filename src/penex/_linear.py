@@ -65,7 +65,7 @@ def linear_penex_loss(
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` (shape (...), zeros at ignored rows).
         huberization: Threshold beyond which the exponential part continues linearly.
         chunk_size: Rows whose logits are worked on at a time, by as many classes as make up a tile
-            of 4 MiB (CPU) or 128 MiB. None: 512, or 8192 on other devices.
+            of 8 MiB (CPU) or 128 MiB. None: 1024, or 8192 on other devices.
         vocab_group: The process group whose ranks share the classes: of G ranks, rank r holds
             `weight` and `bias` of the classes from r⌈K/G⌉, ⌈K/G⌉ of them or what is left.
             `input`, `target` and `class_weight` are the same on all ranks, as are the loss and the
@@ -328,8 +328,8 @@ def _check_tensors(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
         raise TypeError(f"input: expected floating-point hidden states, got {input.dtype}")
     if input.ndim == 0:
         raise ValueError("input: expected shape (..., D), got a 0-d tensor")
-    if weight.ndim != 2 or len(weight) == 0:
-        raise ValueError(f"weight: expected shape (K, D), K > 0, got {tuple(weight.shape)}")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"weight: expected shape (K, D), K, D > 0, got {tuple(weight.shape)}")
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"input: expected hidden states of the size {weight.shape[1]} that weight "

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from penex._matmul import add_product, linear
 from penex._penalty import Penalty
 from penex._robust import LOG2E, computed_in, settle_rows
 
-TILE, LARGE_TILE = 1 << 22, 1 << 27
+TILE, LARGE_TILE = 1 << 23, 1 << 27
 """Bytes of logits held at a time: few on the CPU, to stay in its cache; more on other devices."""
-ROWS, MANY_ROWS = 512, 8192
+ROWS, MANY_ROWS = 1024, 8192
 """Rows of a tile, unless it is said: on the CPU, and on other devices."""
 SAFE = 1e20
 """Between 1 / SAFE and SAFE, the sum of all exponentials has lost nothing that could show."""
@@ -125,7 +125,7 @@ def _spans(length: int, step: int) -> Iterator[slice]:
 
 
 class _Tiles:
-    """Tiles of log2(e) (h W^T + b), in float32 or float64, all in the same piece of memory."""
+    """Tiles of log2(e) (h W^T + b), in float32 or float64."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> None:
         self.dtype = computed_in(hidden)
@@ -136,8 +136,6 @@ class _Tiles:
         self.height = max(min(step, len(hidden)), 1)
         numbers = (TILE if hidden.is_cpu else LARGE_TILE) // self.dtype.itemsize
         self.width = min(max(numbers // self.height, 1), len(weight))
-        size = self.height * self.width
-        self.memory = torch.empty(size, dtype=self.dtype, device=hidden.device)
 
     def classes(self) -> Iterator[tuple[slice, Tensor]]:
         for span in _spans(len(self.weight), self.width):
@@ -149,12 +147,8 @@ class _Tiles:
 
     def logits(self, hidden: Tensor, weight: Tensor, classes: slice) -> Tensor:
         """The tile, to be overwritten; times log2(e), for exp2 is faster than exp on the CPU."""
-        tile = self.memory[: len(hidden) * len(weight)].view(len(hidden), len(weight))
         bias = None if self.bias is None else self.bias[classes]
-        if self.factor != self.dtype:
-            return tile.copy_(F.linear(hidden, weight, bias)).mul_(LOG2E)
-        start, beta = (tile, 0.0) if bias is None else (bias, LOG2E)
-        return torch.addmm(start, hidden, weight.t(), beta=beta, alpha=LOG2E, out=tile)
+        return linear(hidden, weight, bias).to(self.dtype).mul_(LOG2E)
 
     def at_labels(self, places: Tensor) -> Tensor:
         """The logits of the labels, (N, 1)."""
@@ -189,10 +183,10 @@ def _products(tiles: _Tiles, mass: Tensor, wanted: tuple[bool, ...]) -> tuple[Te
             powers = tiles.logits(hidden, weight, classes).exp2_()
             total += (powers.sum(1, True) * mass[rows]).sum()
             if made.input is not None:
-                made.input[rows].addmm_(powers, weight)
+                add_product(made.input[rows], powers, weight)
             if made.weight is not None:
                 weighted = hidden if alike else hidden * factor[rows]
-                made.weight[classes].addmm_(powers.t(), weighted)
+                add_product(made.weight[classes], powers.t(), weighted)
             if made.bias is not None:
                 made.bias[classes].addmv_(powers.t(), factor[rows, 0])
     return total, made
@@ -271,9 +265,9 @@ def _gradients(
                 total.addmv_(tile.t(), sign[rows, 0])
             tile = tile.to(tiles.factor)
             if to_input is not None:
-                to_input[rows] += tile @ weight
+                add_product(to_input[rows], tile, weight)
             if to_weight is not None:
-                share += tile.t() @ (hidden * sign[rows].to(hidden.dtype))
+                add_product(share, tile.t(), hidden * sign[rows].to(hidden.dtype))
         if to_weight is not None:
             to_weight[classes] = share
         if to_bias is not None:
