@@ -18,14 +18,15 @@ definition.
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from penex import _robust
-from penex._inputs import smooth, weighted
+from penex._inputs import labels_of, refuse_labels, smooth, weighted
 from penex._penalty import Settled
 from penex._robust import (
     LOG2E,
@@ -46,7 +47,35 @@ SAFE = 1e30
 """Between 1 / SAFE and SAFE nothing was lost to overflow or underflow that float32 could show."""
 
 
-def applies(input: Tensor) -> bool:
+C = TypeVar("C", bound=Asked)
+
+
+def fastest(
+    input: Tensor,
+    call: C,
+    fast: Callable[[Tensor, C], Tensor | None],
+    definition: Callable[[Tensor, C], Tensor],
+) -> Tensor:
+    """The loss of `input`, (N, K, d1, ...), by the fast way, or where that cannot be asked or
+    passes (None), by the definition.
+
+    Raises:
+        IndexError: A label is out of range, on the CPU.
+    """
+    value = None
+    if _applies(input):
+        target = call.target
+        if not target.is_floating_point():
+            call.target = labels_of(target, input, call.ignore_index)
+        try:
+            value = fast(input, call)
+        except (IndexError, RuntimeError) as error:
+            refuse_labels(target, input, call.ignore_index, error)
+            raise
+    return definition(input, call) if value is None else value
+
+
+def _applies(input: Tensor) -> bool:
     """Whether autograd's backward is all that will look into this call."""
     return (
         type(input) in (Tensor, torch.nn.Parameter)

@@ -32,15 +32,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from penex import _robust
-from penex._fast import SAFE, SMALL, Mass, applies
-from penex._inputs import labels_of, prepare, refuse_labels
+from penex._fast import SAFE, SMALL, Mass
+from penex._inputs import prepare
 from penex._robust import LOG2E, Asked, computed_in, differentiable, looked_into, pieces
 
 TINY = 1e-25
 """A power below this is zero: no logits that a float32 network has show the difference."""
 _PLAIN = 1e-2
 """From this power on a level in float64 is as exact by the plain formula."""
-_LEAST = 1e-300
+_LEAST = 1e-280
+"""From here on sums in float64 have lost nothing to underflow."""
 _FEW = 1 << 12
 """So few logits that float64 costs less than calls."""
 _LARGEST_EXPONENT = 80.0
@@ -74,25 +75,10 @@ class LogCall(Asked):
         return self.reduction == "none" or self.group is not None
 
 
-def log_domain_loss(input: Tensor, call: LogCall) -> Tensor:
-    """The loss of `input`, (N, K, d1, ...), in the dtype it is computed in."""
-    value = None
-    if applies(input):
-        target = call.target
-        if not target.is_floating_point():
-            call.target = labels_of(target, input, call.ignore_index)
-        try:
-            value = _fast(input, call)
-        except (IndexError, RuntimeError) as error:
-            refuse_labels(target, input, call.ignore_index, error)
-            raise
-    return defined(input, call) if value is None else value
-
-
 # The definition: any target, any derivative, any transform, any compiler.
 
 
-def defined(input: Tensor, call: LogCall, levels: Levels | None = None) -> Tensor:
+def log_defined(input: Tensor, call: LogCall, levels: Levels | None = None) -> Tensor:
     """The loss by the definition; with these levels, constants, or with those of `input`."""
     batch = prepare(
         input,
@@ -215,7 +201,7 @@ def _wide(values: Tensor) -> torch.dtype:
 # The fast way: one pass for the partitions, whose terms are kept and become the gradient.
 
 
-def _fast(input: Tensor, call: LogCall) -> Tensor | None:
+def fast_log_loss(input: Tensor, call: LogCall) -> Tensor | None:
     """The loss in eager mode, differentiated in the logits alone; None: only by the definition."""
     if (
         torch.compiler.is_compiling()
@@ -272,7 +258,9 @@ class _Labels(torch.autograd.Function):
         call, levels = ctx.call, ctx.levels
         if looked_into(grad):
             given = levels if call.by_rows else None
-            return differentiable(lambda logits: defined(logits, call, given), input, grad), None
+            return differentiable(
+                lambda logits: log_defined(logits, call, given), input, grad
+            ), None
         powers, ctx.powers = ctx.powers, None
         label, partition, largest, sums = ctx.rows
         if grad.ndim:
@@ -315,48 +303,43 @@ class _Small(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, call: LogCall) -> Tensor:
-        # Classes first: so a softmax over few of them is several times as fast.
-        labels, number = call.target.unsqueeze(0), input.shape[0]
-        wide = input.t().double()
-        p = torch.softmax(wide, 0)
-        f_y = wide.gather(0, labels)
-        log_z = f_y - p.gather(0, labels).log_()
-        exponents = torch.cat((f_y, log_z)) * _pair(-call.alpha, call.beta)
-        shares = torch.softmax(exponents, 1)
-        # One row tells the level of all: its share is its exponential's in their sum.
-        (exponent_a, exponent_b), (share_a, share_b) = (
-            exponents[:, 0].tolist(),
-            shares[:, 0].tolist(),
-        )
-        # A share that underflows, or is NaN, tells nothing.
-        if not (share_a > _LEAST and share_b > _LEAST):
+        labels, number = call.target.unsqueeze(1), input.shape[0]
+        wide = input.double()
+        f_y = wide.gather(1, labels)
+        at_label = (f_y * _constant(-call.alpha)).exp_()
+        powers = wide.exp() if input.dtype == wide.dtype else wide.exp_()
+        partition = powers.sum(1)
+        rows = partition.pow(call.beta - 1)  # its part of sum_i Z_i^beta, over Z_i
+        total = torch.dot(rows, partition)
+        sum_a, sum_z = at_label.sum().item(), total.item()
+        # Then what underflowed counts for nothing; but below a power of one all partitions count.
+        least = min(sum_a, sum_z, math.inf if call.beta >= 1 else partition.min().item())
+        if not (least > _LEAST and sum_a + sum_z < math.inf):
             raise ArithmeticError
-        a = (exponent_a - math.log(share_a * number)) / (call.alpha or 1.0)
-        b = (exponent_b - math.log(share_b * number)) / (call.beta or 1.0)
-        if call.alpha == 0:
-            a = -f_y.sum().item() / number
-        if call.beta == 0:
-            b = log_z.sum().item() / number
-        ctx.save_for_backward(input, labels)
-        ctx.call, ctx.p, ctx.shares = call, p, shares
+        a = math.log(sum_a / number) / call.alpha if call.alpha else -f_y.mean().item()
+        b = math.log(sum_z / number) / call.beta if call.beta else partition.log().mean().item()
         ctx.scale = 1 if call.reduction == "mean" else number
+        if ctx.needs_input_grad[0]:
+            gradient = powers.mul_(rows.div_(total).unsqueeze(1))
+            ctx.gradient = gradient.scatter_add_(1, labels, at_label.mul_(-1 / sum_a))
+        ctx.save_for_backward(input)
+        ctx.call = call
         return torch.scalar_tensor((a + b) * ctx.scale, dtype=computed_in(input))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        input, labels = ctx.saved_tensors
+        (input,) = ctx.saved_tensors
         if looked_into(grad):
-            return differentiable(lambda logits: defined(logits, ctx.call), input, grad), None
+            return differentiable(lambda logits: log_defined(logits, ctx.call), input, grad), None
         share = grad.item() * ctx.scale
-        shares = ctx.shares * _pair(-share, share)
-        gradient = (ctx.p * shares[1]).scatter_add_(0, labels, shares[:1])
-        return torch.empty_like(input).copy_(gradient.t()), None
+        gradient = ctx.gradient if share == 1 else ctx.gradient * share
+        return gradient.to(input.dtype, copy=True), None
 
 
 @functools.lru_cache(16)
-def _pair(first: float, second: float) -> Tensor:
-    """What two rows of numbers are multiplied with, for many calls."""
-    return torch.tensor([[first], [second]], dtype=torch.float64, device="cpu")
+def _constant(value: float) -> Tensor:
+    """A number that many calls multiply with."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 class _Dense(torch.autograd.Function):
@@ -406,7 +389,7 @@ class _Dense(torch.autograd.Function):
         input, _ = ctx.saved_tensors
         call, mass, levels = ctx.call, ctx.mass, ctx.levels
         if looked_into(grad):
-            return differentiable(lambda logits: defined(logits, call), input, grad), None
+            return differentiable(lambda logits: log_defined(logits, call), input, grad), None
         powers, ctx.powers = ctx.powers, None
         partition, largest, sums, total = ctx.rows
         share = grad.item() / levels.divisor

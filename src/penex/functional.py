@@ -15,20 +15,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from penex._fast import applies, fast_loss
+from penex._fast import fast_loss, fastest
 from penex._inputs import (
     Batch,
     check_options,
     check_tensors,
-    labels_of,
     number,
     positive,
     prepare,
-    refuse_labels,
     validate,
 )
 from penex._linear import linear_penex_loss, sampled_linear_penex_loss
-from penex._log_domain import LogCall, log_domain_loss
+from penex._log_domain import LogCall, fast_log_loss, log_defined
 from penex._penalty import (
     PENALTY_MAX,
     PENALTY_MIN,
@@ -486,7 +484,7 @@ def log_domain(
         beta=beta,
         group=group,
     )
-    return _as_asked(log_domain_loss(input, call), *shape)
+    return _as_asked(fastest(input, call, fast_log_loss, log_defined), *shape)
 
 
 def penalized(
@@ -516,16 +514,7 @@ def penalized(
         log_threshold=threshold,
         definition=_defined,
     )
-    value = None
-    if applies(input):
-        if not target.is_floating_point():
-            call.target = labels_of(target, input, ignore_index)
-        try:
-            value = fast_loss(input, call)
-        except (IndexError, RuntimeError) as error:
-            refuse_labels(target, input, ignore_index, error)
-            raise
-    return _as_asked(_defined(input, call) if value is None else value, *shape)
+    return _as_asked(fastest(input, call, fast_loss, _defined), *shape)
 
 
 def _defined(logits: Tensor, call: Call, settled: Settled | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from penex import functional, inference
 from penex._inputs import check_options, choice, number, positive
-from penex._penalty import PenaltySums, Settled, check_penalty_bounds, estimate
+from penex._penalty import Penalty, PenaltySums, Settled, check_penalty_bounds, estimate
 
 __all__ = ["PENEX", "ConfidencePenaltyLoss", "FocalLoss", "LogPENEX", "ZLoss"]
 
@@ -178,11 +178,14 @@ class PENEX(_Penalized, _Loss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of `input` (logits) and `target`, as :func:`penex.functional.penex_loss`."""
+        return self._loss(input, target, _Held(self))
+
+    def _loss(self, input: Tensor, target: Tensor, penalty: Penalty) -> Tensor:
         return functional.penalized(
             input,
             target,
             alpha=self.sensitivity,
-            penalty=_Held(self),
+            penalty=penalty,
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
@@ -255,6 +258,35 @@ class _Held:
         if self.learning:
             self.current.fill_(value)
         return value
+
+
+class _Collecting(_Held):
+    """The same, of a criterion in evaluation; it leaves the sums of the batch in a list.
+
+    So several batches, which share one penalty, can be absorbed together: :func:`_absorb`.
+    """
+
+    def __init__(self, criterion: _Penalized, seen: list[PenaltySums]) -> None:
+        super().__init__(criterion)
+        self.seen = seen
+
+    def settle(self, sums: PenaltySums | None, denominator: Tensor) -> Settled:
+        if sums is not None:
+            self.seen.append(sums)
+        return super().settle(sums, denominator)
+
+    def value(self, exponential: float, partition: float) -> float:
+        logs = torch.tensor([exponential, partition], dtype=torch.float64).log()
+        self.seen.append(PenaltySums(logs[0], logs[1], 1))
+        return super().value(exponential, partition)
+
+
+def _absorb(criterion: _Penalized, seen: list[PenaltySums]) -> None:
+    """Move the penalty of a criterion in evaluation once, for batches that are one in training."""
+    exponentials, partitions, classes = zip(*seen, strict=True)
+    sums = PenaltySums.of(torch.stack(exponentials), torch.stack(partitions), classes[0])
+    _Held(criterion.train()).settle(sums, torch.zeros_like(sums.partition))
+    criterion.eval()
 
 
 class LogPENEX(_Loss):

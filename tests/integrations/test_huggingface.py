@@ -4,8 +4,6 @@ Run as a program, this is one rank of the test of data parallelism: see `train_o
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,10 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from trainers import PLAIN, make_args, parameters, two_ranks
+from transformers import Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-import penex
 from penex.integrations.huggingface import PENEXLossFunc, PENEXTrainer, fold
 
 CLASSES, LENGTH = 3, 7
@@ -68,33 +66,6 @@ def make_model(kind: str = "sequence", dropout: float = 0.0, **config: Any) -> A
     head = {"sequence": "SequenceClassification", "token": "TokenClassification"}[kind]
     options = SMALL | TEXT | drop | config
     return getattr(transformers, f"BertFor{head}")(transformers.BertConfig(**options))
-
-
-def make_args(folder: Path, batch: int = 4, steps: int = 1, **options: Any) -> TrainingArguments:
-    options = {
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "lr_scheduler_type": "constant",
-        "num_train_epochs": 2,
-        "train_sampling_strategy": "sequential",
-    } | options
-    return TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=steps,
-        **options,
-    )
-
-
-PLAIN: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0}
-"""What a loop of three lines does too."""
-
-
-def parameters(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def by_hand(
@@ -575,32 +546,8 @@ def train_one_rank(folder: Path, rank: int) -> None:
 
 
 def test_two_ranks_are_one_process(tmp_path: Path) -> None:
-    paths = [str(Path(penex.__file__).parents[1]), str(Path(oracles.__file__).parent)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path), str(rank)],
-            env=os.environ
-            | {
-                "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
-                "OMP_NUM_THREADS": "1",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": "0",
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
+    with two_ranks(__file__, tmp_path):
         expected = in_parallel(tmp_path / "single", batch=8, steps=1)
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
     found = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in range(2)]
     data, model = Rows("token", 16), expected.model.eval()
     losses = []

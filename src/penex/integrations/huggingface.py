@@ -6,7 +6,8 @@ alone, for the ``compute_loss_func`` of a ``Trainer`` that has to stay. :func:`f
 whose plain softmax is right, for a pipeline.
 
 Sequence, image and token classification: models whose output has ``logits`` (N, K) for labels (N),
-or (N, T, K) for labels (N, T), where -100 is ignored.
+or (N, T, K) for labels (N, T), where -100 is ignored. And, in :class:`PENEXTrainer`, causal
+language models, whose logits are not made in training.
 """
 
 import copy
@@ -21,13 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from penex._extras import need
+from penex._penalty import PenaltySums
 from penex.inference import fold_temperature
-from penex.losses import PENEX
+from penex.losses import PENEX, _absorb, _Collecting
 
 need("penex.integrations.huggingface", "transformers", "transformers", "accelerate")
 
 from transformers import PreTrainedModel, Trainer, TrainingArguments  # noqa: E402
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint  # noqa: E402
+
+from penex.integrations._causal import LAST_LOGITS, CausalHead, is_causal  # noqa: E402
 
 __all__ = ["PENEXLossFunc", "PENEXTrainer", "fold"]
 
@@ -36,7 +40,7 @@ STATE_FILE = "penex.json"
 FOLDED = "penex_folded_sensitivity"
 """What the configuration of a folded model is marked with."""
 IGNORE_INDEX = -100  # the labels that the Trainer leaves out when it counts
-HEADS = ("classifier", "score", "classification_head", "logits_proj")
+HEADS = ("classifier", "score", "classification_head", "logits_proj", "lm_head")
 
 
 class PENEXLossFunc:
@@ -95,12 +99,7 @@ class PENEXLossFunc:
         """
         logits, labels = _rows(outputs, labels)
         total: Tensor = self.criterion.to(logits.device)(logits, labels)
-        if num_items_in_batch is None:
-            num_items_in_batch = _denominator(labels, self.criterion.weight)
-        items = torch.as_tensor(num_items_in_batch, device=total.device)
-        if items.ndim > 0:
-            raise ValueError(f"num_items_in_batch: {_ONE_DEVICE}, got shape {tuple(items.shape)}")
-        return total / items.where(items != 0, 1)
+        return _mean(total, labels, self.criterion.weight, num_items_in_batch)
 
 
 class PENEXTrainer(Trainer):
@@ -112,6 +111,10 @@ class PENEXTrainer(Trainer):
       before, and then absorbed together. In the first update there is none yet: unless `penalty`
       gives the start, each micro-batch uses its own estimate; ``penalty_mode="auto"`` does so
       always.
+    - Of causal language models, the loss is computed without the logits, as
+      :func:`penex.functional.linear_penex_loss` does it, from the hidden states before the last
+      layer; labels are shifted as transformers does. Evaluation makes logits where predictions or
+      metrics are asked for. The model may have adapters (PEFT), but not at its last layer.
     - ``predict`` and ``compute_metrics`` get the calibrated logits :math:`(1+\alpha) f`: their
       softmax are the probabilities, their cross-entropy is the NLL.
     - ``eval_loss`` is the value of PENEX at the present penalty, so it can be compared neither with
@@ -141,8 +144,9 @@ class PENEXTrainer(Trainer):
 
     Raises:
         ValueError: An option is out of its range, the model is configured for regression or several
-            labels, was folded, or has another number of labels than `weight`; or one process is to
-            drive several devices.
+            labels, was folded, or has another number of labels than `weight`; one process is to
+            drive several devices; or a causal language model is sharded, is to be trained with
+            label smoothing, or makes its logits by more than a linear layer.
     """
 
     def __init__(
@@ -161,8 +165,10 @@ class PENEXTrainer(Trainer):
         super().__init__(model, args, compute_loss_func=self._loss, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(f"args: {_ONE_DEVICE}, got n_gpu = {self.args.n_gpu}")
-        _check_config(getattr(self.model, "config", None), weight)
-        self._loss_func = PENEXLossFunc(
+        self._head = self._causal_head()
+        classes = None if self._head is None else self._head.num_classes
+        _check_config(getattr(self.model, "config", None), weight, classes)
+        self.criterion = PENEXLossFunc(
             sensitivity,
             weight=weight,
             penalty_mode=penalty_mode,
@@ -171,25 +177,43 @@ class PENEXTrainer(Trainer):
             huberization=huberization,
             label_smoothing=self.args.label_smoothing_factor,
             process_group="world",
-        )
+        ).criterion.eval()
         self.label_smoother = None  # it would smooth cross-entropy
-        # One penalty for all micro-batches of an update: they are absorbed together, at its end.
-        self.criterion = self._loss_func.criterion.eval()
         self._start = self.criterion.penalty.clone()
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        # One penalty for all micro-batches of an update: they are absorbed together, at its end.
+        self._seen: list[PenaltySums] = []
+
+    def _causal_head(self) -> CausalHead | None:
+        """The last layer of a causal language model; None: the model is not one."""
+        if not is_causal(self.model):
+            return None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "model: it is to be sharded; expected a causal language model to be whole on each "
+                "rank, for its last layer is used apart from it"
+            )
+        if self.args.label_smoothing_factor != 0:
+            raise ValueError(
+                "label_smoothing_factor: expected 0 for a causal language model, whose logits are "
+                f"not made, got {self.args.label_smoothing_factor}"
+            )
+        return CausalHead(self.model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of an update, and the denominator of its loss."""
         self._seen.clear()
         batches, items = super().get_batch_samples(*args, **kwargs)
-        weight = self.criterion.weight
-        if weight is not None and items is not None:
-            weight = weight.to(self.args.device)
-            labels = [batch["labels"].to(self.args.device).flatten() for batch in batches]
-            items = _denominator(torch.cat(labels), weight)
+        if items is not None:
+            device = self.args.device
+            labels = [self._targets(batch["labels"].to(device)).flatten() for batch in batches]
+            items = _denominator(torch.cat(labels), self.criterion.weight)
             if self.args.average_tokens_across_devices:
                 items = self.accelerator.gather(items).sum()
         return batches, items
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        """What is predicted: not the first token of a text."""
+        return labels if self._head is None else labels[:, 1:]
 
     def compute_loss(
         self,
@@ -200,6 +224,10 @@ class PENEXTrainer(Trainer):
     ) -> Any:
         """The loss of a micro-batch, or, in evaluation, of a batch, which has its own mean."""
         items = num_items_in_batch if model.training else None
+        if self._head is not None:
+            inputs = inputs | {"output_hidden_states": True}
+            if model.training:
+                inputs |= LAST_LOGITS
         return super().compute_loss(model, inputs, return_outputs, items)
 
     def _loss(
@@ -208,20 +236,43 @@ class PENEXTrainer(Trainer):
         labels: Tensor | None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        loss = self._loss_func(outputs, labels, num_items_in_batch)
-        if self.criterion.penalty_mode == "running" and torch.is_grad_enabled():
+        training = torch.is_grad_enabled()
+        seen = self._seen if training else []
+        if self._head is None:
             logits, targets = _rows(outputs, labels)
-            self._seen.append((logits.detach(), targets))
-            if self.accelerator.sync_gradients:
-                logits, targets = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-                self._seen.clear()
-                self.criterion.train()(logits, targets)
-                self.criterion.eval()
-        return loss
+            rule = _Collecting(self.criterion.to(logits.device), seen)
+            total = self.criterion._loss(logits, targets, rule)
+        else:
+            hidden, targets = self._head.rows(outputs, _labels(labels))
+            rule = _Collecting(self.criterion.to(hidden.device), seen)
+            # Mixed precision ends at the model's output, and its last layer is used behind it.
+            with self.accelerator.autocast():
+                total = self._head.total(hidden, targets, self.criterion, rule)
+        if training and seen and self.accelerator.sync_gradients:
+            if self.criterion.penalty_mode == "running":
+                _absorb(self.criterion, seen)
+            seen.clear()
+        return _mean(total, targets, self.criterion.weight, num_items_in_batch)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
         """Loss, calibrated logits and labels of a batch."""
-        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if self._head is not None:
+            if prediction_loss_only:
+                inputs = inputs | LAST_LOGITS
+            config: Any = self.model.config  # type: ignore[union-attr]
+            if ignore_keys is None:
+                ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+            if not config.output_hidden_states:
+                ignore_keys = [*ignore_keys, "hidden_states"]
+        loss, logits, labels = super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys
+        )
         if isinstance(logits, tuple):  # the model returns more, after its logits
             logits = (self._calibrated(logits[0]), *logits[1:])
         elif logits is not None:
@@ -373,15 +424,9 @@ def _rows(outputs: Mapping[str, Any], labels: Tensor | None) -> tuple[Tensor, Te
     if "CausalLM" in type(outputs).__name__:
         raise ValueError(
             "outputs: expected those of sequence, image or token classification, got "
-            f"{type(outputs).__name__}; causal language models are not supported"
+            f"{type(outputs).__name__}; for a causal language model use PENEXTrainer"
         )
-    if labels is None:
-        raise ValueError("labels: expected the batch to have them, under 'labels'; got none")
-    if labels.is_floating_point():
-        raise ValueError(
-            f"labels: expected class indices, got {labels.dtype}; regression and several labels "
-            "per row are not what this loss is for"
-        )
+    labels = _labels(labels)
     if logits.ndim not in (2, 3) or logits.shape[:-1] != labels.shape or logits.shape[-1] < 2:
         raise ValueError(
             "expected logits (N, K) and labels (N), or logits (N, T, K) and labels (N, T), with "
@@ -390,15 +435,39 @@ def _rows(outputs: Mapping[str, Any], labels: Tensor | None) -> tuple[Tensor, Te
     return logits.flatten(0, -2), labels.flatten().to(logits.device)
 
 
+def _labels(labels: Tensor | None) -> Tensor:
+    """The labels, which are class indices."""
+    if labels is None:
+        raise ValueError("labels: expected the batch to have them, under 'labels'; got none")
+    if labels.is_floating_point():
+        raise ValueError(
+            f"labels: expected class indices, got {labels.dtype}; regression and several labels "
+            "per row are not what this loss is for"
+        )
+    return labels
+
+
+def _mean(
+    total: Tensor, labels: Tensor, weight: Tensor | None, items: Tensor | float | None
+) -> Tensor:
+    """`total` over the number that the Trainer gave, or over the batch's own denominator."""
+    if items is None:
+        items = _denominator(labels, weight)
+    items = torch.as_tensor(items, device=total.device)
+    if items.ndim > 0:
+        raise ValueError(f"num_items_in_batch: {_ONE_DEVICE}, got shape {tuple(items.shape)}")
+    return total / items.where(items != 0, 1)
+
+
 def _denominator(labels: Tensor, weight: Tensor | None) -> Tensor:
     """What the mean over labels (M) divides by, 0-d."""
     keep = labels != IGNORE_INDEX
     if weight is None:
         return keep.sum()
-    return (weight[labels.where(keep, 0)] * keep).sum()
+    return (weight.to(labels.device)[labels.where(keep, 0)] * keep).sum()
 
 
-def _check_config(config: Any, weight: Tensor | None) -> None:
+def _check_config(config: Any, weight: Tensor | None, num_classes: int | None) -> None:
     """Refuse a model that is configured for something else; one without configuration passes."""
     if config is None:
         return
@@ -407,7 +476,7 @@ def _check_config(config: Any, weight: Tensor | None) -> None:
         raise ValueError(
             f"model: expected problem_type 'single_label_classification', got {problem!r}"
         )
-    classes = getattr(config, "num_labels", None)
+    classes = num_classes or getattr(config, "num_labels", None)
     if classes is not None and weight is not None and len(weight) != classes:
         raise ValueError(
             f"weight: expected one weight for each of the model's {classes} labels, got "

@@ -1,0 +1,123 @@
+"""PENEX of a causal language model of transformers, from its hidden states.
+
+The logits of all tokens are never made: the model is asked for those of the last token alone, and
+for its hidden states, from which :mod:`penex._linear` computes the loss.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from penex._linear import linear_penalized
+from penex._penalty import Penalty
+from penex.losses import PENEX
+
+LAST_LOGITS = {"logits_to_keep": 1}
+"""What a model's ``forward`` is to be told, where nobody wants the logits."""
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""Where configurations keep what bends the logits."""
+
+
+def is_causal(model: nn.Module | None) -> bool:
+    """Whether the labels of `model` are the tokens themselves, to be shifted by one."""
+    names = {kind.__name__ for kind in type(_unwrapped(model)).__mro__}
+    return not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
+class CausalHead:
+    """The last layer of a causal language model, and the loss from what goes into it.
+
+    Args:
+        model: The model; adapters (PEFT) may be around it, but not around its last layer.
+
+    Raises:
+        ValueError: The logits are not made by a linear layer alone, or cannot be left out.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        inner = _unwrapped(model)
+        name = type(inner).__name__
+        layer = inner.get_output_embeddings()
+        if type(layer) is not nn.Linear:
+            raise ValueError(
+                f"model: expected {name} to have a torch.nn.Linear as its last layer, with no "
+                f"adapter or quantisation, got {type(layer).__name__}"
+            )
+        if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
+            raise ValueError(
+                f"model: expected the forward of {name} to take logits_to_keep, so that the "
+                "logits can be left out"
+            )
+        config = inner.config.get_text_config()
+        for cap in SOFT_CAPS:
+            if getattr(config, cap, None) is not None:
+                raise ValueError(
+                    f"model: {name} caps its logits ({cap} = {getattr(config, cap)}); expected "
+                    "them to be those of its last layer"
+                )
+        self.layer, self.num_classes = layer, layer.out_features
+        self._checked = False
+
+    def rows(self, outputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, T - 1, D), and the tokens that follow them (N, T - 1).
+
+        Args:
+            outputs: The model's, with all ``hidden_states`` and the ``logits`` of the last token.
+            labels: The tokens, (N, T), not shifted.
+
+        Raises:
+            ValueError: The logits are not those of the last layer, or `labels` not of their shape.
+        """
+        hidden = outputs["hidden_states"][-1]
+        if hidden.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"labels: expected shape {tuple(hidden.shape[:-1])}, a token for each hidden "
+                f"state, got {tuple(labels.shape)}"
+            )
+        if not self._checked:
+            self._check(hidden[:, -1].detach(), outputs["logits"][:, -1].detach())
+        return hidden[:, :-1], labels[:, 1:].to(hidden.device)
+
+    def total(self, hidden: Tensor, labels: Tensor, criterion: PENEX, penalty: Penalty) -> Tensor:
+        """The sum over the tokens, 0-d, with the options of `criterion` and this penalty."""
+        return linear_penalized(
+            hidden,
+            self.layer.weight,
+            labels,
+            self.layer.bias,
+            alpha=criterion.sensitivity,
+            penalty=penalty,
+            class_weight=criterion.weight,
+            ignore_index=criterion.ignore_index,
+            reduction="sum",
+            huberization=criterion.huberization,
+            chunk_size=None,
+            vocab_group=None,
+            num_classes=None,
+        )
+
+    @torch.no_grad()
+    def _check(self, hidden: Tensor, logits: Tensor) -> None:
+        """Whatever the model does, its last logits tell whether we do the same."""
+        weight = self.layer.weight
+        expected = F.linear(hidden.to(weight.dtype), weight, self.layer.bias)
+        error, size = (expected - logits).abs().max(), expected.abs().max()
+        half = torch.is_autocast_enabled(hidden.device.type) or weight.dtype.itemsize < 4
+        if not error <= (0.05 if half else 1e-3) * size:
+            raise ValueError(
+                "model: its logits are not its last layer's output of its last hidden states "
+                f"(they differ by up to {error.item():.3g}, at a size of {size.item():.3g}), so "
+                "the loss cannot be computed without them"
+            )
+        self._checked = True
+
+
+def _unwrapped(model: nn.Module | None) -> Any:
+    """The model inside of adapters."""
+    inner: Any = model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
