@@ -1,6 +1,7 @@
 """What the benchmarks share: one timing primitive, the machine, and the files of results."""
 
 import argparse
+import ctypes
 import os
 import platform
 import re
@@ -180,9 +181,25 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+def keep_memory() -> None:
+    """Let the process keep what it frees, so that no function's time depends on the one before.
+
+    Else the C library gives memory back to the system when the freed piece happens to lie last,
+    and the pages must be mapped again: twice the time for tensors of some megabytes. It knows no
+    such promise for pieces above 32 MiB, which are new memory each time, whoever asks.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        for option, value in ((trim_threshold, 2**31 - 1), (mmap_threshold, 2**25)):
+            if not libc.mallopt(option, value):
+                raise OSError(f"mallopt({option}, {value}) was refused")
+
+
 def start(options: argparse.Namespace) -> Machine:
-    """Set threads and seed; the machine, for the results."""
+    """Set threads, seed and allocator; the machine, for the results."""
     torch.set_num_threads(options.threads)
+    keep_memory()
     torch.manual_seed(0)
     if options.device.type == "cuda":
         torch.cuda.set_device(options.device.index or 0)

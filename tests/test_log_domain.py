@@ -118,6 +118,22 @@ def test_no_power_and_no_logits_lose_precision(
             assert ((gradient - exact.gradient).abs() <= error * largest).all()
 
 
+@pytest.mark.parametrize("power", [0.0, 0.01, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("sensitivity", [0.0, 0.01, 1.0])
+def test_a_row_at_the_end_of_the_range_of_floats(
+    path: str, sensitivity: float, power: float
+) -> None:
+    """Of e^-740, float64 holds four bits; of e^-760, nothing."""
+    logits = torch.randn(6, 5, dtype=torch.float64)
+    logits[1] -= 740
+    logits[2] -= 760
+    options = {"sensitivity": sensitivity, "power": power}
+    exact = oracles.log_penex(logits, torch.arange(6) % 5, **options)
+    value, gradient = both(logits, torch.arange(6) % 5, **options)
+    torch.testing.assert_close(value, exact.value, rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient, exact.gradient, rtol=1e-11, atol=1e-30)
+
+
 @given(
     values=st.lists(st.floats(-40, 40, width=32), min_size=6, max_size=6),
     alpha=st.just(0.0) | st.floats(1e-20, 64),

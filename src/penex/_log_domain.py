@@ -312,9 +312,8 @@ class _Small(torch.autograd.Function):
         rows = partition.pow(call.beta - 1)  # its part of sum_i Z_i^beta, over Z_i
         total = torch.dot(rows, partition)
         sum_a, sum_z = at_label.sum().item(), total.item()
-        # Then what underflowed counts for nothing; but below a power of one all partitions count.
-        least = min(sum_a, sum_z, math.inf if call.beta >= 1 else partition.min().item())
-        if not (least > _LEAST and sum_a + sum_z < math.inf):
+        # Between these, what underflowed counts for nothing: the factors that it meets are finite.
+        if not (min(sum_a, sum_z) > _LEAST and sum_a + sum_z < math.inf):
             raise ArithmeticError
         a = math.log(sum_a / number) / call.alpha if call.alpha else -f_y.mean().item()
         b = math.log(sum_z / number) / call.beta if call.beta else partition.log().mean().item()

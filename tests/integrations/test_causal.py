@@ -144,13 +144,14 @@ def test_first_update_uses_the_estimates_of_its_micro_batches(tmp_path: Path) ->
     assert trainer.criterion.penalty.item() == pytest.approx(float(joined), rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
-def test_logits_are_made_for_one_token_of_each_text(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("how", ["plain", "checkpointing", "bfloat16"])
+def test_logits_are_made_for_one_token_of_each_text(how: str, tmp_path: Path) -> None:
     data, model, shapes = Texts(8), make_model("llama"), []
+    if how == "checkpointing":
+        new = hasattr(model, "activation_checkpointing_enable")
+        getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_enable")()
     model.lm_head.register_forward_hook(lambda *call: shapes.append(tuple(call[2].shape)))
-    args = make_args(tmp_path, 4, max_steps=2, **options, **PLAIN)
+    args = make_args(tmp_path, 4, max_steps=2, bf16=how == "bfloat16", **PLAIN)
     trainer = PENEXTrainer(model, args, train_dataset=data, eval_dataset=data, penalty=0.07)
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]
@@ -159,10 +160,37 @@ def test_logits_are_made_for_one_token_of_each_text(
     plain = make_model("llama")
     by_hand(plain, data, 4, 0.07, 0.0, epochs=1)
     moved = (parameters(plain) - parameters(make_model("llama"))).abs().max().item()
-    tolerance = 0.03 if "bf16" in options else 1e-4
+    tolerance = 0.03 if how == "bfloat16" else 1e-4
     torch.testing.assert_close(parameters(model), parameters(plain), rtol=0, atol=tolerance * moved)
     value = oracles.penex(*pairs(plain, data.inputs, data.labels), penalty=0.07).value.item()
     assert loss == pytest.approx(value, rel=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks it
+def test_adapters_are_trained_and_nothing_else(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(**more: Any) -> Any:
+        torch.manual_seed(3)
+        lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **more)
+        return get_peft_model(make_model("llama"), lora)
+
+    data, model = Texts(8), adapted(target_modules=["o_proj", "down_proj"])
+    args = make_args(tmp_path, 4, **PLAIN)
+    trainer = PENEXTrainer(model, args, train_dataset=data, penalty=0.07)
+    trainer.train()
+    plain = adapted(target_modules=["o_proj", "down_proj"])
+    start = parameters(plain)
+    expected, _ = by_hand(plain, data, 4, 0.07, 0.0)
+    moved = (expected - start).abs().max().item()
+    assert moved > 1e-4
+    torch.testing.assert_close(parameters(model), expected, rtol=0, atol=1e-3 * moved)
+    frozen = parameters(model.get_base_model().lm_head)
+    assert torch.equal(frozen, parameters(make_model("llama").lm_head))
+
+    last = adapted(target_modules=["o_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"its last layer, with no adapter.*got peft\."):
+        PENEXTrainer(last, args)
 
 
 # 2. Evaluation and prediction.
@@ -237,7 +265,7 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
 
     whole = Whole(make_model().config)
     cases = [
-        (adapted, {}, "a torch.nn.Linear as its last layer.*got Adapted"),
+        (adapted, {}, "a torch.nn.Linear as its last layer.*got .*Adapted"),
         (capped, {}, r"caps its logits \(final_logit_softcapping = 30\.0\)"),
         (whole, {}, "forward of Whole to take logits_to_keep"),
         (make_model(), {"weight": torch.ones(3)}, r"the model's 20 labels, got \(3,\)"),
@@ -259,9 +287,9 @@ def test_logits_that_are_more_than_the_last_layer_are_noticed(tmp_path: Path) ->
 
 def test_labels_that_are_refused(tmp_path: Path) -> None:
     trainer = PENEXTrainer(make_model(), make_args(tmp_path))
-    inputs = Texts(3).inputs
+    inputs = Texts(5).inputs
     for labels, message in (
-        (inputs[:, 1:], r"expected shape \(3, 7\).*got \(3, 6\)"),
+        (inputs[:, 1:], r"expected shape \(5, 7\).*got \(5, 6\)"),
         (inputs.float(), "class indices, got torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -503,7 +503,7 @@ def test_outputs_and_labels_that_are_refused() -> None:
     cases: list[tuple[Any, Any, type[Exception], str]] = [
         ({"last_hidden_state": logits}, labels, TypeError, "got .'last_hidden_state'"),
         ((logits,), labels, TypeError, "with logits, got tuple"),
-        (causal, torch.ones(2, 5).long(), ValueError, "causal language models"),
+        (causal, torch.ones(2, 5).long(), ValueError, "got CausalLMOutputWithPast"),
         ({"logits": logits}, None, ValueError, "got none"),
         ({"logits": logits}, torch.eye(CLASSES)[:2], ValueError, "class indices, got torch.float"),
         ({"logits": logits}, labels[:, None], ValueError, r"logits \(2, 3\) and labels \(2, 1\)"),

@@ -195,7 +195,7 @@ LOSSES = {
             "log-penex",
             "log-PENEX",
             _log_penex,
-            Knob("power", "β", default=4.0, low=0.25, high=64.0, log=True),
+            Knob("power", "β", default=1.0, low=0.25, high=64.0, log=True),
         ),
         Loss(
             "z-loss",

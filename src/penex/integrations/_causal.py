@@ -46,7 +46,7 @@ class CausalHead:
         if type(layer) is not nn.Linear:
             raise ValueError(
                 f"model: expected {name} to have a torch.nn.Linear as its last layer, with no "
-                f"adapter or quantisation, got {type(layer).__name__}"
+                f"adapter or quantisation, got {type(layer).__module__}.{type(layer).__name__}"
             )
         if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
             raise ValueError(

@@ -243,10 +243,10 @@ class PENEXTrainer(Trainer):
             rule = _Collecting(self.criterion.to(logits.device), seen)
             total = self.criterion._loss(logits, targets, rule)
         else:
-            hidden, targets = self._head.rows(outputs, _labels(labels))
-            rule = _Collecting(self.criterion.to(hidden.device), seen)
             # Mixed precision ends at the model's output, and its last layer is used behind it.
             with self.accelerator.autocast():
+                hidden, targets = self._head.rows(outputs, _labels(labels))
+                rule = _Collecting(self.criterion.to(hidden.device), seen)
                 total = self._head.total(hidden, targets, self.criterion, rule)
         if training and seen and self.accelerator.sync_gradients:
             if self.criterion.penalty_mode == "running":
