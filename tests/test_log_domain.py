@@ -41,16 +41,18 @@ def both(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor
     return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
 
 
-PATHS = ("chosen", "large", "pieces", "definition")
+PATHS = ("chosen", "large", "pieces", "robust", "robust pieces", "definition")
 
 
 def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make calls go one of the ways through the code."""
     if path == "definition":
         monkeypatch.setattr(_fast, "_applies", lambda input: False)
-    if path in ("large", "pieces"):
+    if path != "chosen":
         monkeypatch.setattr(_log_domain, "_FEW", 0)
-    if path == "pieces":
+    if path.startswith("robust"):
+        monkeypatch.setattr(_log_domain, "_exact", lambda power: False)
+    if path.endswith("pieces"):
         monkeypatch.setattr(_robust, "PIECE", 48)
         monkeypatch.setattr(_log_domain, "SMALL", 0)
 
@@ -87,10 +89,12 @@ def test_every_path_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
         return type(loss.grad_fn).__name__
 
     assert name(5) == "_SmallBackward"
-    assert name(500) == name(5, weight=torch.ones(40)) == name(5, reduction="none")
-    assert name(500) == "_LabelsBackward"
+    assert name(500) == name(5, weight=torch.ones(40)) == "_PlainBackward"
     assert name(5, label_smoothing=0.1) == "_DenseBackward"
-    assert name(5, sensitivity=1e-4) == "_LabelsBackward"
+    assert name(5, sensitivity=1e-4) == name(5, reduction="none") == "_LabelsBackward"
+    logits = 40 * torch.ones(500, 40, requires_grad=True)
+    loss = log_penex_loss(logits, torch.zeros(500, dtype=torch.long))
+    assert type(loss.grad_fn).__name__ == "_LabelsBackward"
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])

@@ -42,6 +42,8 @@ _PLAIN = 1e-2
 """From this power on a level in float64 is as exact by the plain formula."""
 _LEAST = 1e-280
 """From here on sums in float64 have lost nothing to underflow."""
+_SAFE = 1e15
+"""Between 1 / SAFE and SAFE sums in float32, and products of three of them, are right."""
 _FEW = 1 << 12
 """So few logits that float64 costs less than calls."""
 _LARGEST_EXPONENT = 80.0
@@ -218,11 +220,12 @@ def fast_log_loss(input: Tensor, call: LogCall) -> Tensor | None:
             return dense
         except ArithmeticError:
             return None
-    if _is_small(input, call):
+    if input.is_cpu and not call.by_rows and _exact(call.alpha) and _exact(call.beta):
+        kind = _Small if _is_small(input, call) else _Plain
         try:
-            small: Tensor = _Small.apply(input, call)  # type: ignore[no-untyped-call]
-            return small
-        except (ArithmeticError, RuntimeError):  # an ignored row is a label out of range to it
+            plain: Tensor = kind.apply(input, call)  # type: ignore[no-untyped-call]
+            return plain
+        except ArithmeticError:
             pass
     value: Tensor = _Labels.apply(input, call)  # type: ignore[no-untyped-call]
     return value
@@ -238,14 +241,11 @@ class _Labels(torch.autograd.Function):
         label = input.gather(1, labels).to(wide).neg_()
         largest, sums, powers = _partitions(input, ctx.needs_input_grad[0])
         partition = sums.to(wide).log().add_(largest)
-        if input.is_cpu and not call.by_rows:
-            levels, result = _value_on_cpu(label, partition, mass, call)
-        else:
-            mass = torch.ones_like(label) if mass is None else mass
-            label.masked_fill_(mass == 0, 0).clamp_(max=torch.finfo(wide).max)
-            partition.masked_fill_(mass == 0, 0)
-            levels = _levels(label, partition, mass, mass.sum(), call)
-            result = _value(label.squeeze(1), partition.squeeze(1), mass.squeeze(1), levels, call)
+        mass = torch.ones_like(label) if mass is None else mass
+        label.masked_fill_(mass == 0, 0).clamp_(max=torch.finfo(wide).max)
+        partition.masked_fill_(mass == 0, 0)
+        levels = _levels(label, partition, mass, mass.sum(), call)
+        result = _value(label.squeeze(1), partition.squeeze(1), mass.squeeze(1), levels, call)
         result = result.to(computed_in(input))
         ctx.save_for_backward(input, labels, mass)
         ctx.rows, ctx.powers = (label, partition, largest, sums), powers
@@ -263,13 +263,10 @@ class _Labels(torch.autograd.Function):
             ), None
         powers, ctx.powers = ctx.powers, None
         label, partition, largest, sums = ctx.rows
-        if grad.ndim:
-            share: float | Tensor = grad.unsqueeze(1)
-        else:
-            share = (grad.item() if input.is_cpu else grad) / levels.divisor
+        share = grad.unsqueeze(1) if grad.ndim else grad / levels.divisor
         at_label = _slope(label, levels.label, call.alpha, mass).mul_(-share).to(sums.dtype)
         rows = _slope(partition, levels.partition, call.beta, mass).mul_(share).div_(sums)
-        rows, dead = rows.to(sums.dtype), None if mass is None else mass == 0
+        rows, dead = rows.to(sums.dtype), mass == 0
         if powers is not None:
             return _gradient(powers, rows, labels, at_label, dead).to(input.dtype), None
         result = torch.empty_like(input)
@@ -279,23 +276,78 @@ class _Labels(torch.autograd.Function):
                 rows[piece],
                 labels[piece],
                 at_label[piece],
-                None if dead is None else dead[piece],
+                dead[piece],
             )
         return result, None
 
 
+def _exact(power: float) -> bool:
+    """Whether the plain formula gives the level of this power."""
+    return power == 0 or power >= _PLAIN
+
+
+class _Plain(torch.autograd.Function):
+    """Class indices, on the CPU: e^f as it is, where none is too large or too small for that."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, call: LogCall) -> Tensor:
+        labels, mass = call.rows(torch.float64, call.all_kept())
+        f_y = input.gather(1, labels).double()
+        at_label = (f_y * _constant(-call.alpha)).exp_()
+        sums, powers = _sums(input, ctx.needs_input_grad[0])
+        least, most = sums.aminmax()
+        if not 1 / _SAFE < least.item() <= most.item() < _SAFE:
+            raise ArithmeticError
+        partition = sums.double()
+        rows = partition.pow(call.beta - 1)  # its part of sum_i m_i Z_i^beta, over Z_i
+        if mass is not None:
+            at_label.mul_(mass)
+            rows.mul_(mass)
+        sum_a, sum_z = at_label.sum().item(), (rows * partition).sum().item()
+        if not _felt(sum_a, sum_z):
+            raise ArithmeticError
+        total = float(labels.numel()) if mass is None else mass.sum().item()
+        a = math.log(sum_a / total) / call.alpha if call.alpha else -_sum(f_y, mass) / total
+        b = (
+            math.log(sum_z / total) / call.beta
+            if call.beta
+            else _sum(partition.log(), mass) / total
+        )
+        scale = 1.0 if call.reduction == "mean" else total
+        ctx.save_for_backward(input, labels)
+        ctx.call, ctx.powers = call, powers
+        ctx.rows, ctx.at_label = rows.mul_(scale / sum_z), at_label.mul_(-scale / sum_a)
+        return torch.scalar_tensor((a + b) * scale, dtype=computed_in(input))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        input, labels = ctx.saved_tensors
+        share = 0.0 if looked_into(grad) else grad.item()
+        if not 1 / _SAFE < abs(share) < _SAFE:
+            return differentiable(lambda logits: log_defined(logits, ctx.call), input, grad), None
+        powers, ctx.powers = ctx.powers, None
+        dtype = computed_in(input)
+        rows, at_label = (ctx.rows * share).to(dtype), (ctx.at_label * share).to(dtype)
+        if powers is not None:
+            return _gradient(powers, rows, labels, at_label, None).to(input.dtype), None
+        result = torch.empty_like(input)
+        for piece in pieces(input):
+            part = _powers(input[piece])
+            result[piece] = _gradient(part, rows[piece], labels[piece], at_label[piece], None)
+        return result, None
+
+
+def _felt(sum_a: float, sum_z: float) -> bool:
+    """Whether both sums in float64 are such that what underflowed counts for nothing in them.
+
+    Nor does it in the gradient, for all factors that it meets there are finite.
+    """
+    return min(sum_a, sum_z) > _LEAST and sum_a + sum_z < math.inf
+
+
 def _is_small(input: Tensor, call: LogCall) -> bool:
     """Whether :class:`_Small` is for this batch."""
-    return (
-        input.is_cpu
-        and input.ndim == 2
-        and input.numel() <= _FEW
-        and call.weight is None
-        and not call.by_rows
-        and (call.alpha == 0 or call.alpha >= _PLAIN)
-        and (call.beta == 0 or call.beta >= _PLAIN)
-        and not 0 <= call.ignore_index < input.shape[1]
-    )
+    return input.ndim == 2 and input.numel() <= _FEW and call.weight is None and call.all_kept()
 
 
 class _Small(torch.autograd.Function):
@@ -312,8 +364,7 @@ class _Small(torch.autograd.Function):
         rows = partition.pow(call.beta - 1)  # its part of sum_i Z_i^beta, over Z_i
         total = torch.dot(rows, partition)
         sum_a, sum_z = at_label.sum().item(), total.item()
-        # Between these, what underflowed counts for nothing: the factors that it meets are finite.
-        if not (min(sum_a, sum_z) > _LEAST and sum_a + sum_z < math.inf):
+        if not _felt(sum_a, sum_z):
             raise ArithmeticError
         a = math.log(sum_a / number) / call.alpha if call.alpha else -f_y.mean().item()
         b = math.log(sum_z / number) / call.beta if call.beta else partition.log().mean().item()
@@ -347,10 +398,11 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, call: LogCall) -> Tensor:
         mass = Mass(input, call)
-        total = None if mass.total is None else mass.total.to(_wide(input))
-        weight = float(input.numel() // input.shape[1]) if total is None else total.sum().item()
         largest, sums, powers = _partitions(input, ctx.needs_input_grad[0])
         partition = sums.to(_wide(input)).log().add_(largest)
+        total = torch.ones_like(partition) if mass.total is None else mass.total.to(partition.dtype)
+        weight = total.sum().item()
+        partition.masked_fill_(total == 0, 0)
         smallest = min(input[piece].min().item() for piece in pieces(input))
         spread = largest.max().item() - smallest
         if not math.isfinite(spread):
@@ -373,7 +425,7 @@ class _Dense(torch.autograd.Function):
             if not 1 / SAFE < exponential < SAFE:
                 raise ArithmeticError
             label = (math.log1p(mean) if near else math.log(exponential)) / call.alpha - smallest
-        level = _log_mean_on_cpu(partition, total, weight, call.beta)
+        level = log_mean(partition.flatten(), total.flatten(), call.beta, 0).item()
         if not math.isfinite(label + level):
             raise ArithmeticError
         divisor = mass.denominator if call.reduction == "mean" else 1.0
@@ -408,39 +460,6 @@ class _Dense(torch.autograd.Function):
         return result.to(input.dtype), None
 
 
-def _value_on_cpu(
-    label: Tensor, partition: Tensor, mass: Tensor | None, call: LogCall
-) -> tuple[Levels, Tensor]:
-    """The levels in plain numbers, and the loss. Rows without mass take the value of others."""
-    total = float(label.numel()) if mass is None else mass.sum().item()
-    if total == 0:
-        return Levels(0.0, 0.0, 1.0), label.new_zeros(())
-    a = _log_mean_on_cpu(label, mass, total, call.alpha)
-    b = _log_mean_on_cpu(partition, mass, total, call.beta)
-    divisor = total if call.reduction == "mean" else 1.0
-    value = torch.scalar_tensor((a + b) * (total / divisor), dtype=label.dtype)
-    return Levels(a, b, divisor), value
-
-
-def _log_mean_on_cpu(values: Tensor, mass: Tensor | None, total: float, power: float) -> float:
-    """:func:`log_mean` in plain numbers."""
-    dead = None if mass is None else mass == 0
-    if dead is not None:
-        values.masked_fill_(dead, -math.inf)
-    largest = values.max().item()
-    if largest == math.inf:
-        largest = torch.finfo(values.dtype).max
-        values.clamp_(max=largest)
-    if dead is not None:
-        values.masked_fill_(dead, largest)
-    gap = values - largest
-    if power < TINY:
-        return largest + _sum(gap, mass) / total
-    near = _sum(gap.mul_(power).expm1(), mass) / total
-    logarithm = math.log1p(near) if near > -0.5 else math.log(_sum(gap.exp_(), mass) / total)
-    return largest + logarithm / power
-
-
 def _sum(values: Tensor, mass: Tensor | None) -> float:
     return (values.sum() if mass is None else (values * mass).sum()).item()
 
@@ -460,20 +479,30 @@ def _gradient(
     return powers if dead is None else powers.masked_fill_(dead, 0)
 
 
-def _slope(values: Tensor, level: float | Tensor, power: float, mass: Tensor | None) -> Tensor:
+def _slope(values: Tensor, level: float | Tensor, power: float, mass: Tensor) -> Tensor:
     """m e^{p (v - level)}: what a row's value counts for in the sum of all."""
     if power < TINY:
-        return torch.ones_like(values) if mass is None else mass.clone()
-    slope = torch.sub(values, level).mul_(power).exp_()
-    return slope if mass is None else slope.mul_(mass)
+        return mass.clone()
+    return torch.sub(values, level).mul_(power).exp_().mul_(mass)
+
+
+def _sums(logits: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """sum_j e^{f_ij}, and the terms, as in :func:`_partitions`, with nothing taken off."""
+    keep = keep and _may_keep(logits)
+    if logits.nbytes <= _robust.PIECE:
+        powers = _powers(logits)
+        return powers.sum(1, keepdim=True), powers if keep else None
+    kept = torch.empty_like(logits) if keep else None
+    sums = [
+        _powers(logits[piece], out=None if kept is None else kept[piece]).sum(1, keepdim=True)
+        for piece in pieces(logits)
+    ]
+    return torch.cat(sums), kept
 
 
 def _partitions(input: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The largest logit of each row, sum_j e^{f_ij} over its exponential, and the terms if asked.
-
-    Terms of half precision are kept in small batches alone: in float32, to be rounded once.
-    """
-    keep = keep and (input.dtype.itemsize >= 4 or input.numel() <= SMALL)
+    """The largest logit of each row; sum_j e^{f_ij} over its exponential; the terms, if asked."""
+    keep = keep and _may_keep(input)
     if input.nbytes <= _robust.PIECE:
         largest = input.amax(1, keepdim=True)
         powers = _powers(input, largest)
@@ -488,8 +517,17 @@ def _partitions(input: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor | Non
     return largest, sums, kept
 
 
-def _powers(logits: Tensor, largest: Tensor, out: Tensor | None = None) -> Tensor:
-    """e^{f - largest}, in float32 or float64."""
+def _may_keep(logits: Tensor) -> bool:
+    """Whether to keep their exponentials: in half precision, of which a gradient that is rounded
+    once needs them in float32, only in small batches.
+    """
+    return logits.dtype.itemsize >= 4 or logits.numel() <= SMALL
+
+
+def _powers(logits: Tensor, largest: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """e^f, or e^{f - largest}, in float32 or float64."""
     if logits.dtype.itemsize < 4:
         logits = logits.float()
+    if largest is None:
+        return torch.mul(logits, LOG2E, out=out).exp2_()
     return torch.sub(logits, largest, out=out).mul_(LOG2E).exp2_()
