@@ -221,12 +221,12 @@ def fast_log_loss(input: Tensor, call: LogCall) -> Tensor | None:
         except ArithmeticError:
             return None
     if input.is_cpu and not call.by_rows and _exact(call.alpha) and _exact(call.beta):
-        kind = _Small if _is_small(input, call) else _Plain
-        try:
-            plain: Tensor = kind.apply(input, call)  # type: ignore[no-untyped-call]
-            return plain
-        except ArithmeticError:
-            pass
+        for kind in (_Small, _Plain) if _is_small(input, call) else (_Plain,):
+            try:
+                plain: Tensor = kind.apply(input, call)  # type: ignore[no-untyped-call]
+                return plain
+            except ArithmeticError:
+                pass
     value: Tensor = _Labels.apply(input, call)  # type: ignore[no-untyped-call]
     return value
 
@@ -346,19 +346,28 @@ def _felt(sum_a: float, sum_z: float) -> bool:
 
 
 def _is_small(input: Tensor, call: LogCall) -> bool:
-    """Whether :class:`_Small` is for this batch."""
-    return input.ndim == 2 and input.numel() <= _FEW and call.weight is None and call.all_kept()
+    """Whether :class:`_Small` is to be tried."""
+    return (
+        input.ndim == 2
+        and input.numel() <= _FEW
+        and call.weight is None
+        and not 0 <= call.ignore_index < input.shape[1]
+    )
 
 
 class _Small(torch.autograd.Function):
-    """Class indices without options, in a batch so small that the calls take the time."""
+    """Class indices, in a batch so small that the calls take the time: as few as possible."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, call: LogCall) -> Tensor:
         labels, number = call.target.unsqueeze(1), input.shape[0]
         wide = input.double()
-        f_y = wide.gather(1, labels)
-        at_label = (f_y * _constant(-call.alpha)).exp_()
+        try:
+            f_y = wide.gather(1, labels)
+        except RuntimeError as error:  # an ignored row's label is out of range, too
+            raise ArithmeticError from error
+        mean = 0.0 if call.alpha else f_y.mean().item()
+        at_label = f_y.mul_(_constant(-call.alpha)).exp_()
         powers = wide.exp() if input.dtype == wide.dtype else wide.exp_()
         partition = powers.sum(1)
         rows = partition.pow(call.beta - 1)  # its part of sum_i Z_i^beta, over Z_i
@@ -366,7 +375,7 @@ class _Small(torch.autograd.Function):
         sum_a, sum_z = at_label.sum().item(), total.item()
         if not _felt(sum_a, sum_z):
             raise ArithmeticError
-        a = math.log(sum_a / number) / call.alpha if call.alpha else -f_y.mean().item()
+        a = math.log(sum_a / number) / call.alpha if call.alpha else -mean
         b = math.log(sum_z / number) / call.beta if call.beta else partition.log().mean().item()
         ctx.scale = 1 if call.reduction == "mean" else number
         if ctx.needs_input_grad[0]:
