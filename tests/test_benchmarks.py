@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from benchmarks import harness
 from benchmarks.harness import Results, Strict
-from benchmarks.loss import LossRow, naive
+from benchmarks.loss import LossRow, naive, typical
 from benchmarks.memory import peak
 from benchmarks.step import network
 from penex import penex_loss
@@ -70,9 +70,24 @@ def test_network_takes_what_the_step_gives() -> None:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "benchmarks.loss", "--quick", "--shape", "6x5", "--out", out]
+    options = ["--quick", "--shape", "6x5", "--processes", "2", "--out", out]
+    command = [sys.executable, "-m", "benchmarks.loss", *options]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return out / "loss-cpu.json"
+
+
+def test_the_typical_process_is_that_of_the_median_ratio(file: Path) -> None:
+    run = Results[LossRow].model_validate_json(file.read_text())
+    runs = []
+    for ratio in (3.0, 1.0, 2.0):
+        rows = [
+            row.model_copy(update={"ratio": ratio, "passes": 10 * ratio})
+            if row.loss == "penex running"
+            else row
+            for row in run.rows
+        ]
+        runs.append(run.model_copy(update={"rows": rows}))
+    assert list(typical(runs)) == runs[2].rows
 
 
 def test_run_has_every_loss_and_work(file: Path) -> None:
