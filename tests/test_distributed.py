@@ -1,15 +1,13 @@
 """Several real processes with a process group are one process with the joined batch."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import Tensor, nn
 
 import penex
@@ -82,27 +80,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, Any], l
     folder = tmp_path_factory.mktemp("ranks")
     cases = {size: make_cases(size) for size in (2, 3)}
     torch.save(cases, folder / "cases")
-    worker = Path(__file__).with_name("distributed_worker.py")
-    source = Path(penex.__file__).parents[1]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), "3", str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0, 0], "\n".join(errors)
+    with run_ranks(Path(__file__).with_name("distributed_worker.py"), 3, folder) as errors:
+        pass
     assert not any("Warning" in text for text in errors), errors
     found = [torch.load(folder / f"result{rank}", weights_only=True) for rank in range(3)]
     return cases, found

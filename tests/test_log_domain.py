@@ -3,9 +3,6 @@
 import functools
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch.nn.functional as F
 from cases import KINDS, OPTIONS, make_call, make_logits, make_target
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -581,24 +579,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, Any], lis
         for size in (2, 3)
     }
     torch.save(cases, folder / "cases")
-    worker = Path(__file__).with_name("log_domain_worker.py")
-    path = [str(Path(penex.__file__).parents[1]), str(worker.parent)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), "3", str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(errors)
+    with run_ranks(Path(__file__).with_name("log_domain_worker.py"), 3, folder):
+        pass
     return cases, [torch.load(folder / f"result{rank}", weights_only=True) for rank in range(3)]
 
 

@@ -4,10 +4,7 @@ import copy
 import inspect
 import io
 import math
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import torch.nn.functional as F
 from cases import KINDS, OPTIONS, make_call, make_logits
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
 from torch import Tensor, nn
 
 import penex
@@ -664,32 +662,8 @@ def test_penalty_over_a_process_group_is_that_of_the_joined_batch(tmp_path: Path
             pair.append((logits, target))
         batches.append(pair)
     torch.save(batches, tmp_path / "batches")
-    worker = Path(__file__).with_name("rank_worker.py")
-    source = Path(penex.__file__).parents[1]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(worker),
-                *(str(rank), "2", str(tmp_path / "rendezvous"), str(tmp_path / "batches")),
-                str(tmp_path / f"result{rank}"),
-            ],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    with run_ranks(Path(__file__).with_name("rank_worker.py"), 2, tmp_path) as errors:
+        pass
     assert not any("Warning" in text for text in errors), errors
     results = [torch.load(tmp_path / f"result{rank}", weights_only=True) for rank in range(2)]
 

@@ -1,13 +1,11 @@
 """Classes shared out over several real processes give the loss and gradients of one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import Tensor
 
 import penex
@@ -58,27 +56,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Started:
     folder = tmp_path_factory.mktemp("ranks")
     cases = make_cases()
     torch.save(cases, folder / "cases")
-    source = Path(penex.__file__).parents[1]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    worker = Path(__file__).with_name("vocab_worker.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), "4", str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    try:
-        errors = [process.communicate(timeout=180)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0] * 4, "\n".join(errors)
+    with run_ranks(Path(__file__).with_name("vocab_worker.py"), 4, folder) as errors:
+        pass
     assert not any("Warning" in text for text in errors), errors
     return cases, [torch.load(folder / f"result{rank}", weights_only=True) for rank in range(4)]
 

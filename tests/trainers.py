@@ -1,18 +1,15 @@
 """What the tests of PENEXTrainer have in common."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import oracles
 import torch
+from ranks import run_ranks
 from torch import Tensor, nn
 from transformers import TrainingArguments
-
-import penex
 
 
 def make_args(folder: Path, batch: int = 4, steps: int = 1, **options: Any) -> TrainingArguments:
@@ -44,30 +41,39 @@ def parameters(model: nn.Module) -> Tensor:
 
 @contextmanager
 def two_ranks(script: str, folder: Path) -> Iterator[None]:
-    """Two processes that run `script` with `folder` and their rank, until they are done."""
-    paths = [str(Path(penex.__file__).parents[1]), str(Path(__file__).parent)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(folder), str(rank)],
-            env=os.environ
-            | {
-                "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
-                "OMP_NUM_THREADS": "1",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": "0",
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
+    """The script as two ranks of torchrun."""
+
+    def environment(rank: int) -> dict[str, str]:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        return own | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+    with run_ranks(script, 2, folder, environment):
         yield
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
+
+
+Pairs = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of a model, inputs and labels: logits (M, K) and what they should predict (M)."""
+
+
+def by_hand(
+    model: Any,
+    data: Any,
+    pairs: Pairs,
+    batch: int,
+    penalty: float,
+    ema: float,
+    epochs: int = 2,
+    **options: Any,
+) -> tuple[Tensor, float]:
+    """Training on whole batches, each with the penalty of those before: parameters, penalty."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=PLAIN["learning_rate"])
+    for _ in range(epochs):
+        for x, y in zip(data.inputs.split(batch), data.labels.split(batch), strict=True):
+            optimiser.zero_grad()
+            logits, target = pairs(model, x, y)
+            result = oracles.penex(logits, target, penalty=penalty, **options)
+            logits.backward(result.gradient.to(logits.dtype))
+            optimiser.step()
+            estimate = oracles.estimate_penalty(logits, target, **options)
+            penalty += ema * (float(estimate) - penalty)
+    return parameters(model), penalty

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from trainers import PLAIN, make_args, parameters, two_ranks
+from trainers import PLAIN, by_hand, make_args, parameters, two_ranks
 
 from penex.integrations.huggingface import PENEXLossFunc, PENEXTrainer, fold
 
@@ -70,28 +70,6 @@ def pairs(model: Any, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return model(input_ids=inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
 
 
-def by_hand(
-    model: Any,
-    data: Texts,
-    batch: int,
-    penalty: float,
-    ema: float,
-    epochs: int = 2,
-    **options: Any,
-) -> tuple[Tensor, float]:
-    """Training on whole batches, each with the penalty of those before: parameters, penalty."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=PLAIN["learning_rate"])
-    for _ in range(epochs):
-        for x, y in zip(data.inputs.split(batch), data.labels.split(batch), strict=True):
-            optimiser.zero_grad()
-            logits, target = pairs(model, x, y)
-            logits.backward(oracles.penex(logits, target, penalty=penalty, **options).gradient)
-            optimiser.step()
-            estimate = oracles.estimate_penalty(logits, target, **options)
-            penalty += ema * (float(estimate) - penalty)
-    return parameters(model), penalty
-
-
 # 1. Training.
 
 
@@ -106,7 +84,7 @@ def test_updates_are_those_of_the_logits_of_whole_batches(
     if mode == "fixed":
         options["huberization"] = 0.9
     ema = 0.3 if mode == "running" else 0.0
-    expected, penalty = by_hand(make_model(kind), data, 8, 0.07, ema, **options)
+    expected, penalty = by_hand(make_model(kind), data, pairs, 8, 0.07, ema, **options)
 
     model = make_model(kind)
     trainer = PENEXTrainer(
@@ -158,7 +136,7 @@ def test_logits_are_made_for_one_token_of_each_text(how: str, tmp_path: Path) ->
     assert len(shapes) == 3
     assert set(shapes) == {(4, 1, WORDS), (8, 1, WORDS)}
     plain = make_model("llama")
-    by_hand(plain, data, 4, 0.07, 0.0, epochs=1)
+    by_hand(plain, data, pairs, 4, 0.07, 0.0, epochs=1)
     moved = (parameters(plain) - parameters(make_model("llama"))).abs().max().item()
     tolerance = 0.03 if how == "bfloat16" else 1e-4
     torch.testing.assert_close(parameters(model), parameters(plain), rtol=0, atol=tolerance * moved)
@@ -181,7 +159,7 @@ def test_adapters_are_trained_and_nothing_else(tmp_path: Path) -> None:
     trainer.train()
     plain = adapted(target_modules=["o_proj", "down_proj"])
     start = parameters(plain)
-    expected, _ = by_hand(plain, data, 4, 0.07, 0.0)
+    expected, _ = by_hand(plain, data, pairs, 4, 0.07, 0.0)
     moved = (expected - start).abs().max().item()
     assert moved > 1e-4
     torch.testing.assert_close(parameters(model), expected, rtol=0, atol=1e-3 * moved)
@@ -338,4 +316,4 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    train_one_rank(Path(sys.argv[1]), int(sys.argv[2]))
+    train_one_rank(Path(sys.argv[3]), int(sys.argv[1]))

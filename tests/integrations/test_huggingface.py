@@ -16,7 +16,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from trainers import PLAIN, make_args, parameters, two_ranks
+from trainers import PLAIN, by_hand, make_args, parameters, two_ranks
 from transformers import Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -68,21 +68,10 @@ def make_model(kind: str = "sequence", dropout: float = 0.0, **config: Any) -> A
     return getattr(transformers, f"BertFor{head}")(transformers.BertConfig(**options))
 
 
-def by_hand(
-    model: Any, data: Rows, batch: int, penalty: float, ema: float, **options: Any
-) -> tuple[Tensor, float]:
-    """Training on whole batches, each with the penalty of those before: parameters, penalty."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=PLAIN["learning_rate"])
-    for _ in range(2):
-        for x, y in zip(data.inputs.split(batch), data.labels.split(batch), strict=True):
-            optimiser.zero_grad()
-            logits = model(**{data.name: x}).logits.flatten(0, -2)
-            result = oracles.penex(logits, y.flatten(), penalty=penalty, **options)
-            logits.backward(result.gradient.to(logits.dtype))
-            optimiser.step()
-            estimate = oracles.estimate_penalty(logits, y.flatten(), **options)
-            penalty += ema * (float(estimate) - penalty)
-    return parameters(model), penalty
+def pairs(model: Any, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits, and the labels, of rows or of tokens."""
+    name = "pixel_values" if inputs.is_floating_point() else "input_ids"
+    return model(**{name: inputs}).logits.flatten(0, -2), labels.flatten()
 
 
 # 1. Training.
@@ -99,7 +88,7 @@ def test_updates_are_those_of_whole_batches(
     smoothing = 0.2 if kind == "token" else 0.0
     ema = 0.3 if mode == "running" else 0.0
     expected, penalty = by_hand(
-        make_model(kind), data, 8, 0.07, ema, label_smoothing=smoothing, **options
+        make_model(kind), data, pairs, 8, 0.07, ema, label_smoothing=smoothing, **options
     )
 
     model = make_model(kind)
@@ -158,7 +147,7 @@ def test_an_interrupted_update_is_forgotten(tmp_path: Path) -> None:
 def test_training_on_a_gpu(tmp_path: Path) -> None:
     data = Rows("token")
     options = {"weight": WEIGHT, "penalty_mode": "running", "penalty": 0.07, "ema": 0.3}
-    expected, penalty = by_hand(make_model("token"), data, 8, 0.07, 0.3, weight=WEIGHT)
+    expected, penalty = by_hand(make_model("token"), data, pairs, 8, 0.07, 0.3, weight=WEIGHT)
     args = make_args(tmp_path, 2, 4, use_cpu=False, **PLAIN)
     trainer = PENEXTrainer(make_model("token"), args, train_dataset=data, **options)
     trainer.train()
@@ -175,7 +164,7 @@ def test_loss_func_in_the_stock_trainer(mode: str, tmp_path: Path) -> None:
     loss_func = PENEXLossFunc(sensitivity=0.4, penalty=penalty)
     args = make_args(tmp_path, 2, 4, **PLAIN)
     Trainer(model, args, train_dataset=data, compute_loss_func=loss_func).train()
-    expected, _ = by_hand(make_model("token"), data, 8, 0.07, 0.0, sensitivity=0.4)
+    expected, _ = by_hand(make_model("token"), data, pairs, 8, 0.07, 0.0, sensitivity=0.4)
     got = parameters(model)
     if mode == "fixed":
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
@@ -565,4 +554,4 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    train_one_rank(Path(sys.argv[1]), int(sys.argv[2]))
+    train_one_rank(Path(sys.argv[3]), int(sys.argv[1]))
