@@ -184,9 +184,9 @@ def parser(description: str) -> argparse.ArgumentParser:
 def keep_memory() -> None:
     """Let the process keep what it frees, so that no function's time depends on the one before.
 
-    Else the C library gives memory back to the system when the freed piece happens to lie last,
-    and the pages must be mapped again: twice the time for tensors of some megabytes. It knows no
-    such promise for pieces above 32 MiB, which are new memory each time, whoever asks.
+    Else the C library gives memory back to the system when the freed piece happens to lie last, and
+    its pages must be mapped again. Pieces above 32 MiB it always gives back: they are new memory
+    each time, for every function.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -52,7 +52,7 @@ def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_log_domain, "_exact", lambda power: False)
     if path.endswith("pieces"):
         monkeypatch.setattr(_robust, "PIECE", 48)
-        monkeypatch.setattr(_log_domain, "SMALL", 0)
+        monkeypatch.setattr(_fast, "SMALL", 0)
 
 
 @pytest.fixture(params=PATHS)

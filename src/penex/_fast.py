@@ -123,7 +123,7 @@ def _exporting() -> bool:
 
 
 @functools.lru_cache(16)
-def _constant(value: float, dtype: torch.dtype) -> Tensor:
+def constant(value: float, dtype: torch.dtype) -> Tensor:
     """A number that many calls multiply with: by a tensor that takes half the time, if small."""
     return torch.tensor(value, dtype=dtype, device="cpu")
 
@@ -149,7 +149,7 @@ class _Plain(torch.autograd.Function):
         if true.dtype.itemsize < 4:
             true = true.float()
         dtype = true.dtype
-        exponential = true.mul_(_constant(-call.alpha, dtype)).exp_()
+        exponential = true.mul_(constant(-call.alpha, dtype)).exp_()
         if mass is not None:
             exponential.mul_(mass)
         sum_a = exponential.sum().item()
@@ -173,7 +173,7 @@ class _Plain(torch.autograd.Function):
         powers, ctx.powers = ctx.powers, None
         share = grad.item() / ctx.divisor
         exponential, factor = ctx.exponential, ctx.rho * share
-        at_label = exponential * _constant(-ctx.call.alpha * share, exponential.dtype)
+        at_label = exponential * constant(-ctx.call.alpha * share, exponential.dtype)
         largest = abs(factor) if mass is None else abs(factor) * mass.max().item()
         if not (largest == 0 or 1 / SAFE < largest <= 1):
             # So large a factor would bring up what underflow has taken from the exponentials.
@@ -187,34 +187,38 @@ class _Plain(torch.autograd.Function):
             return powers.mul_(factor).scatter_add_(1, labels, at_label).to(input.dtype), None
         result = torch.empty_like(input)
         for piece in pieces(input):
-            part = _powers(input[piece])
+            part = powers_of(input[piece])
             part.mul_(factor if mass is None else factor[piece])
             result[piece] = part.scatter_add_(1, labels[piece], at_label[piece])
         return result, None
 
 
 def _sum_powers(input: Tensor, mass: Tensor | None, keep: bool) -> tuple[float, Tensor | None]:
-    """sum_i omega_i sum_j e^{f_ij}; and the e^{f_ij} where they are asked for.
-
-    Those of half precision are kept in small batches alone: in float32, to be rounded once.
-    """
-    keep = keep and (input.dtype.itemsize >= 4 or input.numel() <= SMALL)
+    """sum_i omega_i sum_j e^{f_ij}; and the e^{f_ij} where they are asked for."""
+    keep = keep and may_keep(input)
     if input.nbytes <= _robust.PIECE:
-        powers = _powers(input)
+        powers = powers_of(input)
         return _total(powers, mass), powers if keep else None
     kept = torch.empty_like(input) if keep else None
     total = 0.0
     for piece in pieces(input):
-        powers = _powers(input[piece], out=None if kept is None else kept[piece])
+        powers = powers_of(input[piece], out=None if kept is None else kept[piece])
         total += _total(powers, None if mass is None else mass[piece])
     return total, kept
 
 
-def _powers(logits: Tensor, factor: float = 1.0, out: Tensor | None = None) -> Tensor:
+def may_keep(logits: Tensor) -> bool:
+    """Whether to keep the exponentials: those of half precision, which are kept in float32 so that
+    the gradient is rounded once, only in small batches.
+    """
+    return logits.dtype.itemsize >= 4 or logits.numel() <= SMALL
+
+
+def powers_of(logits: Tensor, factor: float = 1.0, out: Tensor | None = None) -> Tensor:
     """e^{factor f}, in float32 or float64."""
     if logits.dtype.itemsize < 4:
         logits = out = logits.float()
-    return torch.mul(logits, _constant(factor * LOG2E, logits.dtype), out=out).exp2_()
+    return torch.mul(logits, constant(factor * LOG2E, logits.dtype), out=out).exp2_()
 
 
 def _total(powers: Tensor, mass: Tensor | None) -> float:
@@ -281,7 +285,7 @@ class _Dense(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, call: Call) -> Tensor:
         mass, sum_a = Mass(input, call), 0.0
         for piece in pieces(input):
-            values = _powers(input[piece], -call.alpha)
+            values = powers_of(input[piece], -call.alpha)
             factor, at_label = mass.times(values, piece)
             sum_a += factor * values.sum().item()
             sum_a += 0.0 if at_label is None else at_label.sum().item()
@@ -304,10 +308,10 @@ class _Dense(torch.autograd.Function):
         powers, ctx.powers = ctx.powers, None
         result = powers if powers is not None else torch.empty_like(input)
         for piece in pieces(input):
-            part = _powers(input[piece]) if powers is None else powers[piece]
+            part = powers_of(input[piece]) if powers is None else powers[piece]
             total = 1.0 if mass.total is None else mass.total[piece]
             part.mul_(total * (ctx.rho * share))
-            values = _powers(input[piece], -call.alpha)
+            values = powers_of(input[piece], -call.alpha)
             factor, at_label = mass.times(values, piece)
             part.sub_(values, alpha=call.alpha * share * factor)
             if at_label is not None:

@@ -21,7 +21,6 @@ The numbers of the rows, few as they are, are kept in float64, where a differenc
 size, times any power, is felt.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,15 +31,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from penex import _robust
-from penex._fast import SAFE, SMALL, Mass
-from penex._inputs import prepare
+from penex._fast import SAFE, Mass, constant, may_keep, powers_of
 from penex._robust import LOG2E, Asked, computed_in, differentiable, looked_into, pieces
 
 TINY = 1e-25
 """A power below this is zero: no logits that a float32 network has show the difference."""
-_PLAIN = 1e-2
+_LEAST_POWER = 1e-2
 """From this power on a level in float64 is as exact by the plain formula."""
-_LEAST = 1e-280
+_LEAST_SUM = 1e-280
 """From here on sums in float64 have lost nothing to underflow."""
 _SAFE = 1e15
 """Between 1 / SAFE and SAFE sums in float32, and products of three of them, are right."""
@@ -82,13 +80,7 @@ class LogCall(Asked):
 
 def log_defined(input: Tensor, call: LogCall, levels: Levels | None = None) -> Tensor:
     """The loss by the definition; with these levels, constants, or with those of `input`."""
-    batch = prepare(
-        input,
-        call.target,
-        weight=call.weight,
-        ignore_index=call.ignore_index,
-        label_smoothing=call.label_smoothing,
-    )
+    batch = call.batch(input)
     if batch.logits.numel() == 0:
         rows = batch.logits.sum(1)
         return rows if call.reduction == "none" else rows.sum()
@@ -272,7 +264,7 @@ class _Labels(torch.autograd.Function):
         result = torch.empty_like(input)
         for piece in pieces(input):
             result[piece] = _gradient(
-                _powers(input[piece], largest[piece]),
+                _shifted(input[piece], largest[piece]),
                 rows[piece],
                 labels[piece],
                 at_label[piece],
@@ -283,7 +275,7 @@ class _Labels(torch.autograd.Function):
 
 def _exact(power: float) -> bool:
     """Whether the plain formula gives the level of this power."""
-    return power == 0 or power >= _PLAIN
+    return power == 0 or power >= _LEAST_POWER
 
 
 class _Plain(torch.autograd.Function):
@@ -293,7 +285,7 @@ class _Plain(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, call: LogCall) -> Tensor:
         labels, mass = call.rows(torch.float64, call.all_kept())
         f_y = input.gather(1, labels).double()
-        at_label = (f_y * _constant(-call.alpha)).exp_()
+        at_label = (f_y * constant(-call.alpha, torch.float64)).exp_()
         sums, powers = _sums(input, ctx.needs_input_grad[0])
         least, most = sums.aminmax()
         if not 1 / _SAFE < least.item() <= most.item() < _SAFE:
@@ -304,7 +296,7 @@ class _Plain(torch.autograd.Function):
             at_label.mul_(mass)
             rows.mul_(mass)
         sum_a, sum_z = at_label.sum().item(), (rows * partition).sum().item()
-        if not _felt(sum_a, sum_z):
+        if not _in_range(sum_a, sum_z):
             raise ArithmeticError
         total = float(labels.numel()) if mass is None else mass.sum().item()
         a = math.log(sum_a / total) / call.alpha if call.alpha else -_sum(f_y, mass) / total
@@ -332,17 +324,17 @@ class _Plain(torch.autograd.Function):
             return _gradient(powers, rows, labels, at_label, None).to(input.dtype), None
         result = torch.empty_like(input)
         for piece in pieces(input):
-            part = _powers(input[piece])
+            part = powers_of(input[piece])
             result[piece] = _gradient(part, rows[piece], labels[piece], at_label[piece], None)
         return result, None
 
 
-def _felt(sum_a: float, sum_z: float) -> bool:
-    """Whether both sums in float64 are such that what underflowed counts for nothing in them.
+def _in_range(sum_a: float, sum_z: float) -> bool:
+    """Whether what underflowed counts for nothing in both sums, in float64.
 
     Nor does it in the gradient, for all factors that it meets there are finite.
     """
-    return min(sum_a, sum_z) > _LEAST and sum_a + sum_z < math.inf
+    return min(sum_a, sum_z) > _LEAST_SUM and sum_a + sum_z < math.inf
 
 
 def _is_small(input: Tensor, call: LogCall) -> bool:
@@ -367,13 +359,13 @@ class _Small(torch.autograd.Function):
         except RuntimeError as error:  # an ignored row's label is out of range, too
             raise ArithmeticError from error
         mean = 0.0 if call.alpha else f_y.mean().item()
-        at_label = f_y.mul_(_constant(-call.alpha)).exp_()
+        at_label = f_y.mul_(constant(-call.alpha, torch.float64)).exp_()
         powers = wide.exp() if input.dtype == wide.dtype else wide.exp_()
         partition = powers.sum(1)
         rows = partition.pow(call.beta - 1)  # its part of sum_i Z_i^beta, over Z_i
         total = torch.dot(rows, partition)
         sum_a, sum_z = at_label.sum().item(), total.item()
-        if not _felt(sum_a, sum_z):
+        if not _in_range(sum_a, sum_z):
             raise ArithmeticError
         a = math.log(sum_a / number) / call.alpha if call.alpha else -mean
         b = math.log(sum_z / number) / call.beta if call.beta else partition.log().mean().item()
@@ -393,12 +385,6 @@ class _Small(torch.autograd.Function):
         share = grad.item() * ctx.scale
         gradient = ctx.gradient if share == 1 else ctx.gradient * share
         return gradient.to(input.dtype, copy=True), None
-
-
-@functools.lru_cache(16)
-def _constant(value: float) -> Tensor:
-    """A number that many calls multiply with."""
-    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 class _Dense(torch.autograd.Function):
@@ -457,7 +443,7 @@ class _Dense(torch.autograd.Function):
         rows = rows.to(sums.dtype)
         result = powers if powers is not None else torch.empty_like(input)
         for piece in pieces(input):
-            part = _powers(input[piece], largest[piece]) if powers is None else powers[piece]
+            part = _shifted(input[piece], largest[piece]) if powers is None else powers[piece]
             part.mul_(rows[piece])
             values = _distances(input[piece], ctx.smallest).mul_(call.alpha).exp_()
             factor, at_label = mass.times(values, piece)
@@ -497,13 +483,13 @@ def _slope(values: Tensor, level: float | Tensor, power: float, mass: Tensor) ->
 
 def _sums(logits: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
     """sum_j e^{f_ij}, and the terms, as in :func:`_partitions`, with nothing taken off."""
-    keep = keep and _may_keep(logits)
+    keep = keep and may_keep(logits)
     if logits.nbytes <= _robust.PIECE:
-        powers = _powers(logits)
+        powers = powers_of(logits)
         return powers.sum(1, keepdim=True), powers if keep else None
     kept = torch.empty_like(logits) if keep else None
     sums = [
-        _powers(logits[piece], out=None if kept is None else kept[piece]).sum(1, keepdim=True)
+        powers_of(logits[piece], out=None if kept is None else kept[piece]).sum(1, keepdim=True)
         for piece in pieces(logits)
     ]
     return torch.cat(sums), kept
@@ -511,32 +497,23 @@ def _sums(logits: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
 
 def _partitions(input: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """The largest logit of each row; sum_j e^{f_ij} over its exponential; the terms, if asked."""
-    keep = keep and _may_keep(input)
+    keep = keep and may_keep(input)
     if input.nbytes <= _robust.PIECE:
         largest = input.amax(1, keepdim=True)
-        powers = _powers(input, largest)
+        powers = _shifted(input, largest)
         return largest, powers.sum(1, keepdim=True), powers if keep else None
     kept = torch.empty_like(input) if keep else None
     parts = []
     for piece in pieces(input):
         largest = input[piece].amax(1, keepdim=True)
-        powers = _powers(input[piece], largest, None if kept is None else kept[piece])
+        powers = _shifted(input[piece], largest, None if kept is None else kept[piece])
         parts.append((largest, powers.sum(1, keepdim=True)))
     largest, sums = (torch.cat(part) for part in zip(*parts, strict=True))
     return largest, sums, kept
 
 
-def _may_keep(logits: Tensor) -> bool:
-    """Whether to keep their exponentials: in half precision, of which a gradient that is rounded
-    once needs them in float32, only in small batches.
-    """
-    return logits.dtype.itemsize >= 4 or logits.numel() <= SMALL
-
-
-def _powers(logits: Tensor, largest: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """e^f, or e^{f - largest}, in float32 or float64."""
+def _shifted(logits: Tensor, largest: Tensor, out: Tensor | None = None) -> Tensor:
+    """e^{f - largest}, in float32 or float64."""
     if logits.dtype.itemsize < 4:
         logits = logits.float()
-    if largest is None:
-        return torch.mul(logits, LOG2E, out=out).exp2_()
     return torch.sub(logits, largest, out=out).mul_(LOG2E).exp2_()

@@ -1,9 +1,9 @@
 """Matrix products of a tile, on the CPU by the faster of the two libraries that torch brings along.
 
 torch multiplies float32 matrices with its BLAS. In the builds for x86 that is MKL, which on AMD's
-processors may reach less than half of what oneDNN does there; torch itself uses oneDNN for its
-convolutions, and for linear layers in ``torch.compile``, through the operation called here. It is
-switched off, as for those, by ``torch.backends.mkldnn.flags(enabled=False)``.
+processors can be much slower than oneDNN; torch itself uses oneDNN for its convolutions, and for
+linear layers in ``torch.compile``, through the operation called here. It is switched off, as for
+those, by ``torch.backends.mkldnn.flags(enabled=False)``.
 """
 
 import torch

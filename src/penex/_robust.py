@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from penex._inputs import Batch, prepare
 from penex._penalty import Penalty, PenaltySums, Settled
 
 LOG2E = 1 / math.log(2)
@@ -35,6 +36,16 @@ class Asked:
     ignore_index: int
     reduction: str
     label_smoothing: float
+
+    def batch(self, logits: Tensor) -> Batch:
+        """Logits and target as the definitions want them."""
+        return prepare(
+            logits,
+            self.target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
 
     def all_kept(self) -> bool:
         """Whether no row is ignored. To be asked on the CPU, where looking costs little."""

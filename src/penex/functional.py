@@ -519,13 +519,7 @@ def penalized(
 
 def _defined(logits: Tensor, call: Call, settled: Settled | None = None) -> Tensor:
     """The loss of `logits` by the definition, with what was settled before or by the rule."""
-    batch = prepare(
-        logits,
-        call.target,
-        weight=call.weight,
-        ignore_index=call.ignore_index,
-        label_smoothing=call.label_smoothing,
-    )
+    batch = call.batch(logits)
     if settled is None:
         needed = call.penalty.needs_sums
         sums = penalty_sums(batch, call.alpha, call.log_threshold) if needed else None

@@ -203,17 +203,15 @@ class PENEXTrainer(Trainer):
         """The micro-batches of an update, and the denominator of its loss."""
         self._seen.clear()
         batches, items = super().get_batch_samples(*args, **kwargs)
-        if items is not None:
-            device = self.args.device
-            labels = [self._targets(batch["labels"].to(device)).flatten() for batch in batches]
+        if items is not None and (self._head is not None or self.criterion.weight is not None):
+            # Not what the Trainer has counted: weights, or which tokens nothing predicts.
+            first = 0 if self._head is None else 1
+            labels = [batch["labels"].to(self.args.device)[..., first:] for batch in batches]
+            labels = [part.flatten() for part in labels]
             items = _denominator(torch.cat(labels), self.criterion.weight)
             if self.args.average_tokens_across_devices:
                 items = self.accelerator.gather(items).sum()
         return batches, items
-
-    def _targets(self, labels: Tensor) -> Tensor:
-        """What is predicted: not the first token of a text."""
-        return labels if self._head is None else labels[:, 1:]
 
     def compute_loss(
         self,
@@ -225,7 +223,7 @@ class PENEXTrainer(Trainer):
         """The loss of a micro-batch, or, in evaluation, of a batch, which has its own mean."""
         items = num_items_in_batch if model.training else None
         if self._head is not None:
-            inputs = inputs | {"output_hidden_states": True}
+            inputs = {**inputs, "output_hidden_states": True}
             if model.training:
                 inputs |= LAST_LOGITS
         return super().compute_loss(model, inputs, return_outputs, items)
@@ -236,8 +234,8 @@ class PENEXTrainer(Trainer):
         labels: Tensor | None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        training = torch.is_grad_enabled()
-        seen = self._seen if training else []
+        learning = torch.is_grad_enabled() and self.criterion.penalty_mode == "running"
+        seen = self._seen if learning else []
         if self._head is None:
             logits, targets = _rows(outputs, labels)
             rule = _Collecting(self.criterion.to(logits.device), seen)
@@ -248,9 +246,8 @@ class PENEXTrainer(Trainer):
                 hidden, targets = self._head.rows(outputs, _labels(labels))
                 rule = _Collecting(self.criterion.to(hidden.device), seen)
                 total = self._head.total(hidden, targets, self.criterion, rule)
-        if training and seen and self.accelerator.sync_gradients:
-            if self.criterion.penalty_mode == "running":
-                _absorb(self.criterion, seen)
+        if learning and self.accelerator.sync_gradients:
+            _absorb(self.criterion, seen)
             seen.clear()
         return _mean(total, targets, self.criterion.weight, num_items_in_batch)
 
@@ -264,7 +261,7 @@ class PENEXTrainer(Trainer):
         """Loss, calibrated logits and labels of a batch."""
         if self._head is not None:
             if prediction_loss_only:
-                inputs = inputs | LAST_LOGITS
+                inputs = {**inputs, **LAST_LOGITS}
             config: Any = self.model.config  # type: ignore[union-attr]
             if ignore_keys is None:
                 ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
