@@ -20,6 +20,7 @@ from benchmarks.harness import Results, Strict, Timing
 from penex.compare import train
 from penex.compare.config import Config, Execution, Task
 from penex.compare.dataset import Dataset
+from penex.compare.determinism import deterministic
 from penex.compare.models import resolve
 from penex.compare.splits import Part, split
 
@@ -103,7 +104,7 @@ def main() -> None:
         dataset = made(shape, rows)
         parts = split(dataset, seed=0, config=config)
         model, _ = resolve(name, dataset).build(parts.train[0], 10)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, deterministic():
             times = harness.compare(
                 {
                     "bare": bare(model, config, parts.train, parts.validation),

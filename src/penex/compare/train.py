@@ -9,13 +9,10 @@ epoch with the numbers it would have had.
 import contextlib
 import io
 import itertools
-import logging
 import math
-import os
 import platform
 import random
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -50,6 +47,7 @@ from penex._extras import need
 from penex.compare.batches import Batches, loader
 from penex.compare.config import Config, Execution, Task
 from penex.compare.dataset import Dataset
+from penex.compare.determinism import deterministic
 from penex.compare.errors import CompareError
 from penex.compare.images import Images
 from penex.compare.models import resolve, row_shape
@@ -74,12 +72,16 @@ NORM_EVERY = 16
 With clipping, which needs it, at every step."""
 
 
+@deterministic()
 def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> None:
     """Train, and leave a finished run in `task.folder`.
 
     At one seed every loss gets the same split, initial weights, order of batches, augmentation and
     dropout, so that runs of different losses are paired. One thread per run: the sums, and so the
     numbers, do not depend on how many runs share the machine.
+
+    The process has one thread and deterministic algorithms while it runs, and its own settings and
+    random states again afterwards.
 
     Where several devices share the run, every process calls this. A batch is then divided among
     them, and the mean of its loss is still that over all of its rows.
@@ -129,6 +131,7 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
         decided(stack.close)
 
 
+@deterministic()
 def measure(spec: str, config: Config, dataset: Dataset, execution: Execution) -> float:
     """Seconds that the training part of an epoch takes, from a few of its steps."""
     task = Task(Path(), spec, 0, config.lr_for(spec), contender(spec).untuned)
@@ -173,10 +176,6 @@ class _Ready:
 
 
 def _prepared(task: Task, config: Config, dataset: Dataset, execution: Execution) -> _Ready:
-    torch.set_num_threads(1)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    _quiet()
     fabric = _fabric(config, execution)
     fabric.launch()
     parts = split(dataset, seed=task.seed, config=config)
@@ -703,9 +702,3 @@ def _versions() -> dict[str, str]:
         "processor": platform.processor() or platform.machine(),
         **{package: version(package) for package in packages},
     }
-
-
-def _quiet() -> None:
-    """Keep Lightning's hints out of the one display."""
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\..*")
