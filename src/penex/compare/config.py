@@ -69,12 +69,25 @@ class Config(BaseModel):
     """Largest norm of the gradient of all parameters together."""
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     compile: bool = False
+    gradient_scale: Literal["common", "own"] = "common"
+    """common: every loss is divided by the scale of its gradient, so that learning rate, weight
+    decay and clipping mean the same for all of them. own: losses as they are defined, as in the
+    paper."""
 
-    # Tuning
+    # Tuning and selection
     tune: Annotated[int, Field(ge=0)] = 0
     tune_lr: bool = True
-    tune_at: Literal["best", "last"] = "best"
-    """The epoch whose validation NLL tuning goes by."""
+    select: Literal["refined", "nll", "accuracy", "last"] = "refined"
+    """How an epoch is selected, by validation rows: the lowest NLL after temperature scaling, the
+    lowest NLL, the highest accuracy, or the last epoch. Tuning minimises the same quantity (for
+    "last", the NLL of the last epoch), and the recommendation is based on it."""
+
+    # Report
+    metric: str = "nll"
+    """The metric by which losses are ranked, one of :data:`penex.metrics.METRICS`."""
+    min_difference: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """The smallest difference in `metric` that matters. None: 1 % of the value of cross-entropy,
+    or 0.5 percentage points of a metric shown in percent."""
 
     @field_validator("losses")
     @classmethod
@@ -93,11 +106,14 @@ class Config(BaseModel):
     def fixed(self) -> dict[str, Any]:
         """What all runs in one folder have in common.
 
-        Losses and seeds may be added later; the data is known by its content, not by its path.
+        Losses and seeds may be added later, and the report changed; the data is identified by its
+        content, not by its path.
         """
-        return self.model_dump(
-            mode="json", exclude={"losses", "seeds", "data", "data_dir", "target", "text"}
-        )
+        variable = {"losses", "seeds", "data", "data_dir", "target", "text"}
+        variable |= {"metric", "min_difference"}
+        if not self.tune:
+            variable.add("select")
+        return self.model_dump(mode="json", exclude=variable)
 
     def lr_for(self, spec: str) -> float:
         """The learning rate of a loss, untuned."""

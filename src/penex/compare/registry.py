@@ -1,17 +1,17 @@
 """The losses that can be compared. Adding a loss is adding an entry to :data:`LOSSES`.
 
-Nothing else in the comparison knows one loss from another: it asks the entry for a criterion, for
-the range in which to tune its one knob, and for the factor that turns trained logits into the
-logits of its probabilities. A criterion may have two methods, for state that follows the training:
-``after_step()``, called after every optimiser step, and ``after_epoch()``, called after the last
-batch of every epoch.
+Nothing else in the comparison knows one loss from another. An entry gives the criterion, the range
+in which to tune its one hyperparameter, the scale of its gradient, and, through the criterion, the
+link from logits to class probabilities. A criterion may have two methods, for state that follows
+the training: ``after_step()``, called after every optimiser step, and ``after_epoch()``, called
+after the last batch of every epoch.
 """
 
 import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from penex.compare.errors import CompareError
 
@@ -52,11 +52,20 @@ class Loss:
     build: Callable[[float, Context], "nn.Module"]
     """The criterion for a value of the knob."""
     knob: Knob | None = None
-    scale: Callable[[float, Context], float] = lambda knob, context: 1.0
-    """What multiplies trained logits before softmax gives this loss's probabilities."""
+    gradient_scale: Callable[["nn.Module", int], float] = lambda criterion, num_classes: 1.0
+    """From the criterion and the number of classes K: its gradient at f = 0 as a multiple of
+    cross-entropy's, which is 1/K − 1[j = y] there. The mean over classes is subtracted first, as
+    it changes no probability. Dividing the loss by it makes one learning rate, weight decay and
+    clipping threshold mean the same for every loss."""
     constrain: Callable[["Tensor"], "Tensor"] | None = None
     """What the network's logits, classes last, go through before anything reads them: the
     criterion, the metrics, an attack. None: nothing."""
+
+    def link(self, knob: float, num_classes: int) -> Callable[["Tensor"], "Tensor"]:
+        """The function from logits (N, K) to the log-probabilities that this loss stands for."""
+        from penex.inference import link
+
+        return link(self.build(knob, Context(num_classes, steps_total=1, steps_per_epoch=1)))
 
 
 def _cross_entropy(knob: float, context: Context) -> "nn.Module":
@@ -105,6 +114,19 @@ def _exponential(knob: float, context: Context) -> "nn.Module":
     from penex.compare.ablations import ExponentialLoss
 
     return ExponentialLoss(knob)
+
+
+def _sensitivity(criterion: Any, num_classes: int) -> float:
+    return float(criterion.sensitivity)
+
+
+def _unsmoothed(criterion: Any, num_classes: int) -> float:
+    return 1 - float(criterion.label_smoothing)
+
+
+def _focal_scale(criterion: Any, num_classes: int) -> float:
+    gamma, p = float(criterion.gamma), 1 / num_classes
+    return float((1 - p) ** gamma - gamma * p * (1 - p) ** (gamma - 1) * math.log(p))
 
 
 def _conex_sensitivity(knob: float, context: Context) -> float:
@@ -174,7 +196,8 @@ LOSSES = {
             "label-smoothing",
             "Label smoothing",
             _label_smoothing,
-            Knob("smoothing", "ε", default=0.1, low=0.0, high=0.5, most=1.0),
+            Knob("smoothing", "ε", default=0.1, low=0.0, high=0.5, most=0.99),
+            gradient_scale=_unsmoothed,
         ),
         Loss(
             "confidence-penalty",
@@ -182,13 +205,19 @@ LOSSES = {
             _confidence_penalty,
             Knob("strength", "β", default=0.1, low=0.0, high=2.0),
         ),
-        Loss("focal", "Focal", _focal, Knob("gamma", "γ", default=2.0, low=0.0, high=5.0)),
+        Loss(
+            "focal",
+            "Focal",
+            _focal,
+            Knob("gamma", "γ", default=2.0, low=0.0, high=5.0),
+            gradient_scale=_focal_scale,
+        ),
         Loss(
             "penex",
             "PENEX",
             _penex,
             _SENSITIVITY,
-            scale=lambda alpha, context: 1 + alpha,
+            gradient_scale=_sensitivity,
         ),
         # The log-domain family at sensitivity 0, where its one knob is the power.
         Loss(
@@ -203,19 +232,19 @@ LOSSES = {
             _z_loss,
             Knob("strength", "λ", default=0.01, low=1e-4, high=1.0, log=True),
         ),
-        # The paper's ablations; `penex.compare.ablations` derives their scales.
+        # The paper's ablations; `penex.compare.ablations` derives their links.
         Loss(
             "exponential",
             "Exponential loss",
             _exponential,
             replace(_SENSITIVITY, default=0.03),
-            scale=lambda alpha, context: alpha,
+            gradient_scale=_sensitivity,
         ),
         Loss(
             "conex-hard",
             "CONEX, hard",
             _conex_hard,
-            scale=_conex_sensitivity,
+            gradient_scale=_sensitivity,
             constrain=_sum_to_zero,
         ),
         Loss(
@@ -223,42 +252,42 @@ LOSSES = {
             "CONEX, squared penalty",
             _conex_squared,
             _CONSTRAINT,
-            scale=_conex_sensitivity,
+            gradient_scale=_sensitivity,
         ),
         Loss(
             "conex-lagrangian",
             "CONEX, augmented Lagrangian",
             _conex_lagrangian,
             _CONSTRAINT,
-            scale=_conex_sensitivity,
+            gradient_scale=_sensitivity,
         ),
         Loss(
             "logsumexp-penalty",
             "LogSumExp penalty",
             _logsumexp,
             _SENSITIVITY,
-            scale=lambda alpha, context: 1 + alpha,
+            gradient_scale=_sensitivity,
         ),
         Loss(
             "linear-penalty",
             "Linear penalty",
             _linear,
             _SENSITIVITY,
-            scale=lambda alpha, context: alpha,
+            gradient_scale=_sensitivity,
         ),
         Loss(
             "penex-linear-schedule",
             "PENEX, linear schedule",
             _linear_schedule,
             _SENSITIVITY,
-            scale=lambda alpha, context: 1 + alpha,
+            gradient_scale=_sensitivity,
         ),
         Loss(
             "penex-cosine-schedule",
             "PENEX, cosine schedule",
             _cosine_schedule,
             _SENSITIVITY,
-            scale=lambda alpha, context: 1 + alpha,
+            gradient_scale=_sensitivity,
         ),
     )
 }

@@ -2,7 +2,7 @@
 
     comparison.json                    configuration, data and its fingerprint
     tuning/<loss>/trial-000/           as a run, for each trial
-    runs/<loss>/seed-0/                run.json, curve.csv, logits.npz, last.ckpt, best.ckpt
+    runs/<loss>/seed-0/                run.json, curve.csv, logits.npz, epoch-12.ckpt, ...
     results.json  table.tex  report.html
 
 A file appears under its name only when all of it is on disk, and a run's folder only when all its
@@ -170,6 +170,11 @@ def run_folder(folder: Path, spec: str, seed: int) -> Path:
 def trial_folder(folder: Path, spec: str, trial: int) -> Path:
     """Where a tuning trial of a loss is kept."""
     return folder / "tuning" / spec / f"trial-{trial:03d}"
+
+
+def checkpoint_file(run: Path, epoch: int) -> Path:
+    """Where a run keeps the network of a selected epoch."""
+    return run / f"epoch-{epoch}.ckpt"
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
-"""One run: a network trained with one loss at one seed, its logits and checkpoints written down.
+"""One run: a network trained with one loss at one seed, its logits and checkpoints saved.
 
-The loop does not know which loss it has: it gets a criterion, and the factor that makes trained
-logits those of the loss's probabilities. What is random depends on the seed and the number of the
-epoch alone, never on what happened before, so a run that was stopped goes on from the end of an
-epoch with the numbers it would have had.
+The loop does not know which loss it has: it gets a criterion, the scale of its gradient, and the
+link from logits to probabilities. Everything random depends on the seed and the number of the epoch
+alone, so a run that was stopped continues from the end of an epoch with the numbers it would have
+had.
 """
 
 import contextlib
@@ -54,8 +54,9 @@ from penex.compare.models import resolve, row_shape
 from penex.compare.networks import Normalise, Vocabulary
 from penex.compare.ranks import decided, leads
 from penex.compare.registry import Context, Loss, contender
+from penex.compare.selection import LAST, Scores, Selected, validation_scores
 from penex.compare.splits import Inputs, Split, split
-from penex.compare.store import CHECKPOINT, new_run, replacing, write_json
+from penex.compare.store import CHECKPOINT, checkpoint_file, new_run, replacing, write_json
 
 CHECKPOINT_SECONDS = 30.0
 """An unfinished run is saved at the end of an epoch, but not more often than this ..."""
@@ -100,10 +101,10 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
         for epoch in range(progress.epoch, config.epochs):
             _seed(task.seed, epoch, learner.fabric.global_rank)
             begin = time.perf_counter()
-            values = {"train": learner.fit(ready.training, epoch)}
+            training = learner.fit(ready.training, epoch).means()
             seconds = time.perf_counter() - begin
-            values["validation"] = learner.measure(ready.validation)
-            progress.add(learner, values, seconds)
+            validation = learner.scores(ready.validation, ready.parts.validation[1])
+            progress.add(learner, training, validation, seconds)
             for logger in loggers:
                 logger.log_metrics(progress.latest, epoch + 1)
         for logger in loggers:
@@ -111,14 +112,15 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()  # or the next run of this process would go on in it
         logits = {}
-        for name, snapshot in (("last", learner.snapshot(config.epochs)), ("best", progress.best)):
+        last = {config.epochs: learner.snapshot(config.epochs)}
+        for epoch, snapshot in sorted((progress.selected.snapshots | last).items()):
             learner.restore(snapshot)
             for part, batches in (("validation", ready.validation), ("test", ready.test)):
-                logits[f"{part}_{name}"] = learner.logits(batches)
+                logits[f"{part}_{epoch}"] = learner.logits(batches)
             if leads():
                 if isinstance(ready.encoder, Vocabulary):
                     snapshot["vocabulary"] = list(ready.encoder.words)
-                (folder / f"{name}.ckpt").write_bytes(_as_bytes(snapshot))
+                checkpoint_file(folder, epoch).write_bytes(_as_bytes(snapshot))
         if leads():
             np.savez(
                 folder / "logits.npz",
@@ -229,7 +231,7 @@ class _Learner:
     ) -> None:
         self.fabric, self.config, self.context, self.task = fabric, config, context, task
         self.loss: Loss = contender(task.spec).loss
-        self.scale = self.loss.scale(task.knob, context)
+        self.link = self.loss.link(task.knob, context.num_classes)
         self.constrain = self.loss.constrain or (lambda logits: logits)
         self.augment = augment
         self.normalise = Normalise()
@@ -262,7 +264,7 @@ class _Learner:
         synchronised = any(hasattr(m, "process_group") for m in self.criteria[0].modules())
         weights = order.weights(every, synchronised)
         first = step = epoch * self.context.steps_per_epoch
-        tally = _Tally(self.scale)
+        tally = _Tally(self.link)
         self.norms = []
         self.model.train()
         for index, (inputs, target) in enumerate(self._batches(batches, train=True)):
@@ -303,6 +305,10 @@ class _Learner:
                 return torch.stack([head.sum() for head in heads]).sum() * 0
             target = torch.full_like(target, -100)
         losses = [c(head, target) for c, head in zip(self.criteria, heads, strict=True)]
+        if self.config.gradient_scale == "common":
+            k = self.context.num_classes
+            scales = [self.loss.gradient_scale(c, k) for c in self.criteria]
+            losses = [loss / scale for loss, scale in zip(losses, scales, strict=True)]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def gradient_norm(self) -> float:
@@ -361,12 +367,10 @@ class _Learner:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def measure(self, batches: Any) -> "_Tally":
-        """What the network says of other rows."""
-        tally = _Tally(self.scale)
-        for logits, target in self._evaluated(batches):
-            tally.add(logits, target, len(target))
-        return tally
+    def scores(self, batches: Any, target: NDArray[np.int64]) -> Scores:
+        """Validation scores after an epoch, the same on every process."""
+        logits = torch.from_numpy(self.logits(batches)).double()
+        return decided(lambda: validation_scores(self.link(logits).numpy(), target))
 
     def logits(self, batches: Any) -> NDArray[np.float32]:
         """Logits of all rows, in their order; from the leading process only."""
@@ -410,10 +414,10 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class _Tally:
-    """NLL and accuracy of the loss's own probabilities, summed over rows."""
+    """NLL and accuracy of the link's probabilities on training rows, summed over batches."""
 
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
+    def __init__(self, link: Callable[[Tensor], Tensor]) -> None:
+        self.link = link
         self.waiting: list[tuple[Tensor, Tensor]] = []
         self.waiting_rows = 0
         self.sums: list[Tensor] = []
@@ -430,7 +434,7 @@ class _Tally:
 
     def _count(self) -> None:
         logits, target = (torch.cat(tensors) for tensors in zip(*self.waiting, strict=True))
-        nll = F.cross_entropy(self.scale * logits, target, reduction="sum")
+        nll = F.nll_loss(self.link(logits), target, reduction="sum")
         right = (logits.argmax(1) == target).sum()
         self.sums.append(torch.stack([nll, right]))
         self.rows += self.waiting_rows
@@ -446,10 +450,11 @@ class _Tally:
 
 
 class _Progress:
-    """The curve, the best epoch, and the file from which an interrupted run goes on."""
+    """The curve, the selected epochs, and the file from which an interrupted run continues."""
 
     columns = (
-        *("train_nll", "train_accuracy", "validation_nll", "validation_accuracy"),
+        *("train_nll", "train_accuracy"),
+        *("validation_nll", "validation_refined_nll", "validation_accuracy"),
         "gradient_norm",
     )
 
@@ -458,9 +463,8 @@ class _Progress:
         self.lines: list[str] = []
         self.seconds: list[float] = []
         self.latest: dict[str, float] = {}
-        self.best_epoch: int | None = None
-        self.best_nll: float | None = None
-        self.best: dict[str, Any] = {}
+        self.validation: Scores = {}
+        self.selected = Selected()
         self.saved, self.saving = time.perf_counter(), 0.0
 
     @property
@@ -468,22 +472,19 @@ class _Progress:
         """How many are done."""
         return len(self.lines)
 
-    def add(self, learner: _Learner, tallies: dict[str, _Tally], seconds: float) -> None:
-        """Take note of an epoch, and save everything if it is time."""
+    def add(self, learner: _Learner, train: Scores, validation: Scores, seconds: float) -> None:
+        """Record an epoch, and save everything if it is time."""
+        epoch = self.epoch + 1
         self.latest = {
             f"{part}_{name}": value
-            for part, tally in tallies.items()
-            for name, value in tally.means().items()
+            for part, scores in (("train", train), ("validation", validation))
+            for name, value in scores.items()
         }
         self.latest["gradient_norm"] = learner.gradient_norm()
-        nll = self.latest["validation_nll"]
-        better = math.isfinite(nll) and (self.best_nll is None or nll < self.best_nll)
-        if better:
-            self.best_epoch, self.best_nll = self.epoch + 1, nll
-        if better or not self.best:
-            self.best = learner.snapshot(self.epoch + 1)
+        self.validation = validation
+        self.selected.update(epoch, validation, lambda: learner.snapshot(epoch))
         values = [*(self.latest[name] for name in self.columns), seconds]
-        self.lines.append(",".join([str(self.epoch + 1), *(f"{value:.6g}" for value in values)]))
+        self.lines.append(",".join([str(epoch), *(f"{value:.6g}" for value in values)]))
         self.seconds.append(seconds)
         if leads():
             with (self.folder / "curve.csv").open("a", encoding="utf-8") as stream:
@@ -495,14 +496,18 @@ class _Progress:
             self.saved = time.perf_counter()
             self.saving = self.saved - now
 
+    def scores(self) -> dict[str, Scores | None]:
+        """The validation scores of every selected epoch; None for a last epoch that diverged."""
+        selected = {name: self.selected.scores[n] for name, n in self.selected.epochs.items()}
+        finite = all(math.isfinite(score) for score in self.validation.values())
+        return selected | {LAST: self.validation if finite else None}
+
     def save(self, learner: _Learner) -> None:
         """Write down all that the run needs to go on."""
         state = {
             "lines": self.lines,
             "seconds": self.seconds,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "best_nll": self.best_nll,
+            "selected": self.selected.state(),
             "network": learner.snapshot(self.epoch),
             "learner": learner.state(),
         }
@@ -515,8 +520,7 @@ class _Progress:
         state = decided(lambda: _saved(self.folder / CHECKPOINT))
         if state is not None:
             self.lines, self.seconds = state["lines"], state["seconds"]
-            self.best = state["best"]
-            self.best_epoch, self.best_nll = state["best_epoch"], state["best_nll"]
+            self.selected.load(state["selected"])
             learner.restore(state["network"])
             learner.load_state(state["learner"])
         if leads():
@@ -638,7 +642,6 @@ def _record(task: Task, ready: _Ready, progress: _Progress) -> dict[str, Any]:
         "seed": task.seed,
         "lr": task.lr,
         "knob": task.knob if learner.loss.knob else None,
-        "scale": learner.scale,
         "rows": {
             "train": len(parts.train[1]),
             "validation": len(parts.validation[1]),
@@ -646,8 +649,8 @@ def _record(task: Task, ready: _Ready, progress: _Progress) -> dict[str, Any]:
         },
         "model": ready.model,
         "parameters": learner.parameters,
-        "best_epoch": progress.best_epoch,
-        "validation_nll": progress.best_nll,
+        "epochs": progress.selected.epochs | {LAST: progress.epoch},
+        "validation": progress.scores(),
         "seconds_per_epoch": median(progress.seconds),
         "versions": _versions(),
     }

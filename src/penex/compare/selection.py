@@ -1,0 +1,94 @@
+"""Which epoch of a run is used, decided by its validation rows alone.
+
+Four selections stand side by side: the last epoch; the epoch with the lowest validation NLL; the
+one with the lowest validation NLL after temperature scaling ("refine, then calibrate", Berta et
+al., arXiv 2501.19195: training is stopped where the classes are told apart best, and calibration is
+repaired afterwards); and the one with the highest validation accuracy.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penex.metrics import accuracy, fit_temperature, nll
+
+LAST = "last"
+SELECTIONS = {
+    "refined": "Lowest validation NLL after temperature scaling",
+    "nll": "Lowest validation NLL",
+    "accuracy": "Highest validation accuracy",
+    LAST: "Last epoch",
+}
+"""Selections by name, with their titles in reports."""
+
+Scores = Mapping[str, float]
+
+_RANK: dict[str, Callable[[Scores], tuple[float, ...]]] = {
+    "refined": lambda scores: (scores["refined_nll"],),
+    "nll": lambda scores: (scores["nll"],),
+    "accuracy": lambda scores: (-scores["accuracy"], scores["nll"]),
+}
+"""What each selection minimises; of equal epochs the first is taken."""
+
+
+def validation_scores(log_proba: NDArray[np.float64], target: NDArray[np.int64]) -> Scores:
+    """Scores of validation rows after an epoch.
+
+    Args:
+        log_proba: Log-probabilities of the loss's link, shape (N, K).
+        target: Labels, shape (N,).
+
+    Returns:
+        "nll"; "refined_nll", the NLL after temperature scaling fitted to the same rows; and
+        "accuracy". NaN where `log_proba` holds NaN or infinite values.
+    """
+    if not np.isfinite(log_proba).all():
+        return dict.fromkeys(("nll", "refined_nll", "accuracy"), math.nan)
+    temperature = fit_temperature(log_proba, target)
+    return {
+        "nll": nll(log_proba, target),
+        "refined_nll": nll(log_proba / temperature, target),
+        "accuracy": accuracy(log_proba, target),
+    }
+
+
+class Selected:
+    """The epochs selected so far, with a snapshot of the network after each of them.
+
+    Attributes:
+        epochs: The epoch of every selection but the last one, counted from 1; a selection is
+            missing while no epoch has had finite scores.
+        scores: The validation scores of these epochs.
+        snapshots: By epoch.
+    """
+
+    def __init__(self) -> None:
+        self.epochs: dict[str, int] = {}
+        self.scores: dict[int, dict[str, float]] = {}
+        self.snapshots: dict[int, dict[str, Any]] = {}
+
+    def update(self, epoch: int, scores: Scores, snapshot: Callable[[], dict[str, Any]]) -> None:
+        """Consider an epoch; `snapshot` is called only if a selection takes it."""
+        if not all(math.isfinite(score) for score in scores.values()):
+            return
+        for name, rank in _RANK.items():
+            held = self.epochs.get(name)
+            if held is None or rank(scores) < rank(self.scores[held]):
+                self.epochs[name] = epoch
+        in_use = set(self.epochs.values())
+        if epoch in in_use:
+            self.scores[epoch], self.snapshots[epoch] = dict(scores), snapshot()
+        for unused in self.snapshots.keys() - in_use:
+            del self.scores[unused], self.snapshots[unused]
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load` restores."""
+        return {"epochs": self.epochs, "scores": self.scores, "snapshots": self.snapshots}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state`."""
+        self.epochs, self.scores = state["epochs"], state["scores"]
+        self.snapshots = state["snapshots"]
