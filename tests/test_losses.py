@@ -397,9 +397,7 @@ def test_minimiser_recovers_the_frequencies_of_labels(
     criterion = PENEX(weight, sensitivity=0.2, penalty_mode="auto", label_smoothing=smoothing)
     logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
     minimise(criterion, logits, labels, rows=8)
-    expected = (1 - smoothing) * frequencies + smoothing / 3
-    if weight is not None:
-        expected = F.normalize(expected * weight, p=1, dim=1)
+    expected = frequencies if weight is None else F.normalize(frequencies * weight, p=1, dim=1)
     got = criterion.predict_proba(logits.detach())
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 

@@ -1,11 +1,14 @@
 r"""From trained logits to probabilities, and out to other runtimes.
 
-PENEX is minimised by :math:`f_j = \log(\alpha p_j / \rho) / (1 + \alpha)`, so the probabilities
-are :math:`\operatorname{softmax}((1+\alpha) f)`: the factor undoes the exponent
+Every loss has a link, from the logits that minimise it to the class probabilities that they stand
+for: :func:`link`. PENEX is minimised by :math:`f_j = \log(\alpha p_j / \rho) / (1 + \alpha)`, so
+its probabilities are :math:`\operatorname{softmax}((1+\alpha) f)`: the factor undoes the exponent
 :math:`1 / (1+\alpha)` with which the loss writes them into the logits. It leaves the predicted
 class alone.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +16,58 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from penex import _links
 from penex._inputs import positive
+from penex._links import ProbabilityMixin
 
-__all__ = ["Calibrated", "fold_temperature", "predict_log_proba", "predict_proba"]
+__all__ = ["Calibrated", "fold_temperature", "link", "predict_log_proba", "predict_proba"]
+
+
+def link(criterion: nn.Module) -> Callable[[Tensor], Tensor]:
+    r"""The function from a criterion's trained logits to log-probabilities.
+
+    The probabilities are those at the minimum of the expected loss. A link that would leave [0, 1]
+    for other logits (label smoothing, confidence penalty) is cut off there: no class gets less than
+    1/1000 of its softmax probability, before the probabilities are normalised.
+
+    Args:
+        criterion: A criterion of :mod:`penex.losses`, or any other with a method
+            ``predict_log_proba``, which is returned; or :class:`torch.nn.CrossEntropyLoss`, with or
+            without label smoothing and class weights.
+
+    Returns:
+        A function of logits, floating point, shape (N, K) or (N, K, d1, ...), which returns
+        log-probabilities of their shape and dtype, computed in float32 or better.
+
+    Raises:
+        TypeError: The link of `criterion` is not known.
+
+    Example:
+        >>> log_proba = link(nn.CrossEntropyLoss(label_smoothing=0.1))
+        >>> log_proba(torch.tensor([[0.95, 0.05]]).log()).exp()
+        tensor([[9.9994e-01, 5.5552e-05]])
+    """
+    predict: Callable[[Tensor], Tensor] | None = getattr(criterion, "predict_log_proba", None)
+    if callable(predict):
+        return predict
+    if type(criterion) is nn.CrossEntropyLoss:
+        return _CrossEntropyLink(criterion).predict_log_proba
+    raise TypeError(
+        "criterion: expected one of penex.losses, torch.nn.CrossEntropyLoss, or one with a method "
+        f"predict_log_proba, got {type(criterion).__name__}; which probabilities its logits stand "
+        "for depends on the loss, so implement predict_log_proba(logits) -> log-probabilities"
+    )
+
+
+class _CrossEntropyLink(ProbabilityMixin):
+    """The link of torch's cross-entropy, which smooths and weighs targets as penex.losses do."""
+
+    def __init__(self, criterion: nn.CrossEntropyLoss) -> None:
+        self.criterion = criterion
+
+    def _calibrated_logits(self, logits: Tensor, dim: int) -> Tensor:
+        smoothing, weight = self.criterion.label_smoothing, self.criterion.weight
+        return _links.remove_smoothing(logits, smoothing, dim, weight)
 
 
 def predict_log_proba(input: Tensor, sensitivity: float, dim: int = 1) -> Tensor:
@@ -37,7 +89,8 @@ def predict_log_proba(input: Tensor, sensitivity: float, dim: int = 1) -> Tensor
         >>> predict_log_proba(torch.tensor([[2.0, 0.0]]), 0.5)
         tensor([[-0.0486, -3.0486]])
     """
-    return log_softmax_of(input, positive("sensitivity", sensitivity), dim)
+    logits = _links.penex(_links.precise(input), positive("sensitivity", sensitivity))
+    return F.log_softmax(logits, dim).to(input.dtype)
 
 
 def predict_proba(input: Tensor, sensitivity: float, dim: int = 1) -> Tensor:
@@ -59,45 +112,34 @@ def predict_proba(input: Tensor, sensitivity: float, dim: int = 1) -> Tensor:
         >>> predict_proba(torch.tensor([[2.0, 0.0]]), 0.5)
         tensor([[0.9526, 0.0474]])
     """
-    return softmax_of(input, positive("sensitivity", sensitivity), dim)
-
-
-def log_softmax_of(input: Tensor, alpha: float, dim: int) -> Tensor:
-    """:func:`predict_log_proba` for a sensitivity that was checked, and may be 0."""
-    return F.log_softmax(_scaled(input, alpha), dim).to(input.dtype)
-
-
-def softmax_of(input: Tensor, alpha: float, dim: int) -> Tensor:
-    """:func:`predict_proba` for a sensitivity that was checked, and may be 0."""
-    return F.softmax(_scaled(input, alpha), dim).to(input.dtype)
-
-
-def _scaled(input: Tensor, alpha: float) -> Tensor:
-    if not input.is_floating_point():
-        raise TypeError(f"input: expected floating-point logits, got {input.dtype}")
-    return (1 + alpha) * (input if input.dtype == torch.float64 else input.float())
+    logits = _links.penex(_links.precise(input), positive("sensitivity", sensitivity))
+    return F.softmax(logits, dim).to(input.dtype)
 
 
 class Calibrated(nn.Module):
-    r"""A model trained with PENEX together with its inference: inputs in, probabilities out.
+    r"""A trained model together with the link of its loss: inputs in, probabilities out.
 
     For :func:`torch.export.export`, ONNX and serving. The wrapped model is not changed.
 
     Args:
         model: Returns logits, shape (N, K) or (N, K, d1, ...).
-        sensitivity: The :math:`\alpha > 0` it was trained with.
+        sensitivity: The :math:`\alpha > 0` of PENEX that it was trained with; or, for any loss that
+            :func:`link` knows, the criterion itself.
 
     Raises:
-        ValueError: `sensitivity` is not finite and positive, or `model` has been folded with
-            :func:`fold_temperature` and needs no factor any more.
+        TypeError: The link of the criterion is not known.
+        ValueError: The sensitivity is not finite and positive, or `model` has been folded with
+            :func:`fold_temperature`, so that plain softmax is right for it.
 
     Example:
         >>> model = Calibrated(torch.nn.Linear(3, 2), sensitivity=0.1)
         >>> bool(torch.allclose(model(torch.zeros(1, 3)).sum(1), torch.ones(1)))
         True
+        >>> smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
+        >>> model = Calibrated(torch.nn.Linear(3, 2), smoothed)
     """
 
-    def __init__(self, model: nn.Module, sensitivity: float) -> None:
+    def __init__(self, model: nn.Module, sensitivity: float | nn.Module) -> None:
         super().__init__()
         for name, module in model.named_modules():
             if _FOLDED in vars(module):
@@ -106,15 +148,24 @@ class Calibrated(nn.Module):
                     "right already; expected a model without fold_temperature"
                 )
         self.model = model
-        self.sensitivity = positive("sensitivity", sensitivity)
+        if isinstance(sensitivity, nn.Module):
+            self.criterion = sensitivity  # a submodule: its class weights move with the model
+            self.link = link(sensitivity)
+        else:
+            alpha = positive("sensitivity", sensitivity)
+            self.link = partial(predict_log_proba, sensitivity=alpha)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Probabilities, shape of the model's logits."""
-        return predict_proba(self.model(*args, **kwargs), self.sensitivity)
+        """Probabilities, shape and dtype of the model's logits."""
+        logits = self.model(*args, **kwargs)
+        return self.link(_links.precise(logits)).exp().to(logits.dtype)
 
 
 def fold_temperature(module: nn.Module, sensitivity: float) -> nn.Module:
     r"""Scale the last linear layer by :math:`1 + \alpha`, in place, so that plain softmax is right.
+
+    For models trained with PENEX or log-PENEX on targets that were not smoothed, and without
+    huberization: other links are no factor and cannot be folded; :class:`Calibrated` has them.
 
     Fold a copy meant for deployment. The criterion and further training need the logits as they
     were, and a state dict does not tell whether it has been folded; the module does, and refuses to
@@ -133,6 +184,7 @@ def fold_temperature(module: nn.Module, sensitivity: float) -> nn.Module:
         `module`.
 
     Raises:
+        TypeError: `sensitivity` is not a number.
         ValueError: `sensitivity` is not finite and positive; the last layer cannot be identified,
             or cannot be scaled alone, because it is used more than once, shares its weight or is
             parametrized; or it was folded before.
@@ -144,6 +196,11 @@ def fold_temperature(module: nn.Module, sensitivity: float) -> nn.Module:
         >>> bool(torch.allclose(fold_temperature(model, 0.1)(x).softmax(1), before))
         True
     """
+    if isinstance(sensitivity, nn.Module):
+        raise TypeError(
+            "sensitivity: expected a number, that of PENEX, as only its link is a factor; got "
+            f"{type(sensitivity).__name__}, for which Calibrated(model, criterion) is meant"
+        )
     factor = 1 + positive("sensitivity", sensitivity)
     name, layer = _last_layer(module)
     if _FOLDED in vars(layer):

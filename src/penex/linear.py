@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from penex import inference
+from penex import _links
 from penex._inputs import check_options, choice, count
 from penex._linear import linear_penalized, sampled_penalized
 from penex._tiles import Shard
@@ -166,7 +166,7 @@ class LinearPENEX(_Penalized):
         return F.linear(hidden, self.weight, self.bias)
 
     def predict_proba(self, hidden: Tensor) -> Tensor:
-        """Class probabilities, (..., K): :func:`penex.inference.predict_proba` of the logits.
+        """Class probabilities, (..., K), as those of :meth:`penex.PENEX.predict_proba`.
 
         Raises:
             ValueError: The classes are shared out over ranks.
@@ -175,7 +175,9 @@ class LinearPENEX(_Penalized):
             raise ValueError(
                 "predict_proba: needs all classes, and this module holds the share of one rank"
             )
-        return inference.predict_proba(self.logits(hidden), self.sensitivity, -1)
+        logits = self.logits(hidden)
+        calibrated = _links.penex(_links.precise(logits), self.sensitivity, self.huberization)
+        return F.softmax(calibrated, -1).to(logits.dtype)
 
     def extra_repr(self) -> str:
         """What torch prints of the module."""

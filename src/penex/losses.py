@@ -8,15 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from penex import functional, inference
+from penex import _links, functional
 from penex._inputs import check_options, choice, number, positive
+from penex._links import ProbabilityMixin
 from penex._penalty import Penalty, PenaltySums, Settled, check_penalty_bounds, estimate
 
 __all__ = ["PENEX", "ConfidencePenaltyLoss", "FocalLoss", "LogPENEX", "ZLoss"]
 
 
-class _Loss(nn.Module):
-    """The keywords of :class:`torch.nn.CrossEntropyLoss`, checked and held."""
+class _Loss(ProbabilityMixin, nn.Module):
+    """The keywords of :class:`torch.nn.CrossEntropyLoss`, checked and held, and the link."""
 
     weight: Tensor | None
 
@@ -35,6 +36,14 @@ class _Loss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
+
+    def _link(self, logits: Tensor, dim: int) -> Tensor:
+        """Calibrated logits of the targets as they are after smoothing: see `penex._links`."""
+        raise NotImplementedError
+
+    def _calibrated_logits(self, logits: Tensor, dim: int) -> Tensor:
+        smoothed = self._link(logits, dim)
+        return _links.remove_smoothing(smoothed, self.label_smoothing, dim, self.weight)
 
     def extra_repr(self) -> str:
         return (
@@ -196,17 +205,8 @@ class PENEX(_Penalized, _Loss):
     def extra_repr(self) -> str:
         return f"{self._rule_repr()}, {super().extra_repr()}"
 
-    def predict_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
-        """Class probabilities of logits trained with this loss.
-
-        :func:`penex.inference.predict_proba` with this sensitivity. `dim` is the class dimension;
-        None: 1, or 0 for unbatched input.
-        """
-        return inference.predict_proba(input, self.sensitivity, _class_dim(input, dim))
-
-    def predict_log_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
-        """Logarithm of :meth:`predict_proba`, computed without leaving the log domain."""
-        return inference.predict_log_proba(input, self.sensitivity, _class_dim(input, dim))
+    def _link(self, logits: Tensor, dim: int) -> Tensor:
+        return _links.penex(logits, self.sensitivity, self.huberization)
 
 
 def _ranks(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
@@ -358,17 +358,8 @@ class LogPENEX(_Loss):
     def extra_repr(self) -> str:
         return f"sensitivity={self.sensitivity}, power={self.power}, {super().extra_repr()}"
 
-    def predict_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
-        """Class probabilities of logits trained with this loss.
-
-        :func:`penex.inference.predict_proba` with this sensitivity, plain softmax for 0. `dim` is
-        the class dimension; None: 1, or 0 for unbatched input.
-        """
-        return inference.softmax_of(input, self.sensitivity, _class_dim(input, dim))
-
-    def predict_log_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
-        """Logarithm of :meth:`predict_proba`, computed without leaving the log domain."""
-        return inference.log_softmax_of(input, self.sensitivity, _class_dim(input, dim))
+    def _link(self, logits: Tensor, dim: int) -> Tensor:
+        return _links.penex(logits, self.sensitivity)
 
 
 class FocalLoss(_Loss):
@@ -400,6 +391,9 @@ class FocalLoss(_Loss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+
+    def _link(self, logits: Tensor, dim: int) -> Tensor:
+        return _links.focal(logits, self.gamma, dim)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, {super().extra_repr()}"
@@ -435,6 +429,9 @@ class ConfidencePenaltyLoss(_Loss):
             label_smoothing=self.label_smoothing,
         )
 
+    def _link(self, logits: Tensor, dim: int) -> Tensor:
+        return _links.confidence_penalty(logits, self.strength, dim)
+
     def extra_repr(self) -> str:
         return f"strength={self.strength}, {super().extra_repr()}"
 
@@ -469,12 +466,11 @@ class ZLoss(_Loss):
             label_smoothing=self.label_smoothing,
         )
 
+    def _link(self, logits: Tensor, dim: int) -> Tensor:
+        return logits  # the penalty moves all logits of a row together, until log Z is 0
+
     def extra_repr(self) -> str:
         return f"strength={self.strength}, {super().extra_repr()}"
-
-
-def _class_dim(input: Tensor, dim: int | None) -> int:
-    return min(1, input.ndim - 1) if dim is None else dim
 
 
 def _float32(name: str, value: object) -> float:

@@ -174,11 +174,11 @@ def test_probabilities_are_those_of_the_logits(loss: str, classes: int) -> None:
         assert decision.shape == (60,)
         np.testing.assert_allclose(1 / (1 + np.exp(-decision)), probabilities[:, 1], rtol=1e-12)
     else:
-        np.testing.assert_allclose(decision, logits, rtol=1e-12)
-    if loss == "penex":
-        with torch.no_grad():
-            served = penex.inference.Calibrated(classifier.model_, 0.7)(torch.tensor(X)).numpy()
-        np.testing.assert_allclose(served, probabilities, rtol=1e-12)
+        np.testing.assert_allclose(decision, np.log(probabilities), rtol=1e-12)
+    calibrated = penex.inference.Calibrated(classifier.model_, classifier.criterion_)
+    with torch.no_grad():
+        served = calibrated(torch.tensor(X)).numpy()
+    np.testing.assert_allclose(served, probabilities, rtol=1e-12)
     # What it was trained with counts, not what the next fit would use.
     before = classifier.predict_proba(X)
     classifier.set_params(loss="penex", sensitivity=3.0)
@@ -321,7 +321,7 @@ def test_partial_fit_reads_changed_parameters() -> None:
         before.model_(torch.tensor(X)), torch.tensor(y), sensitivity=0.9
     )
     torch.testing.assert_close(classifier.criterion_.penalty, fresh.float())
-    assert classifier.logit_scale_ == 1.9
+    assert classifier.criterion_.sensitivity == 0.9
 
 
 def test_warm_start_goes_on() -> None:
@@ -336,7 +336,7 @@ def test_warm_start_goes_on() -> None:
     with pytest.raises(ValueError, match="the network there is"):
         classifier.set_params(hidden_layer_sizes=(9,)).fit(X, y)
     classifier.set_params(hidden_layer_sizes=(8,), loss="focal").fit(X, y)
-    assert classifier.logit_scale_ == 1.0
+    assert isinstance(classifier.criterion_, penex.losses.FocalLoss)
     # Without it, a fit begins anew.
     classifier.set_params(warm_start=False, loss="penex").fit(X[:, :4], y + 1)
     assert_same(classifier, quick(max_iter=30).fit(X[:, :4], y + 1))

@@ -33,7 +33,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from penex import _links
 from penex._inputs import check_tensors, choice, number, positive, refuse_labels
+from penex._links import ProbabilityMixin
 from penex.losses import PENEX
 
 START_SENSITIVITY = 1e-6
@@ -192,8 +194,11 @@ def scheduled_sensitivity(
     return start + (target - start) * progress
 
 
-class ExponentialLoss(nn.Module):
-    """:func:`exponential_loss` as a module: EX, or CONEX where the logits sum to zero.
+class ExponentialLoss(ProbabilityMixin, nn.Module):
+    r""":func:`exponential_loss` as a module: EX, or CONEX where the logits sum to zero.
+
+    Its probabilities, and those of the penalised losses below unless they say otherwise, are
+    softmax(:math:`\alpha f`).
 
     Args:
         sensitivity: As there.
@@ -205,6 +210,9 @@ class ExponentialLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return exponential_loss(input, target, sensitivity=self.sensitivity)
+
+    def _calibrated_logits(self, logits: Tensor, dim: int) -> Tensor:
+        return self.sensitivity * logits
 
     def extra_repr(self) -> str:
         return f"sensitivity={self.sensitivity:g}"
@@ -234,7 +242,9 @@ class SquaredPenaltyLoss(_Penalized):
 
 
 class LogSumExpPenaltyLoss(_Penalized):
-    """The exponential loss with :func:`logsumexp_penalty`.
+    r"""The exponential loss with :func:`logsumexp_penalty`.
+
+    Its probabilities are softmax(:math:`(1+\alpha) f`).
 
     Args:
         sensitivity: As in :func:`exponential_loss`.
@@ -246,6 +256,9 @@ class LogSumExpPenaltyLoss(_Penalized):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return super().forward(input, target) + logsumexp_penalty(input, penalty=self.penalty)
+
+    def _calibrated_logits(self, logits: Tensor, dim: int) -> Tensor:
+        return _links.penex(logits, self.sensitivity)
 
 
 class LinearPenaltyLoss(_Penalized):
@@ -335,6 +348,9 @@ class ScheduledPENEX(PENEX):
     def after_step(self) -> None:
         """Count an optimiser step and set the sensitivity of the next."""
         self._set(self.done + 1)
+
+    def _link(self, logits: Tensor, dim: int) -> Tensor:
+        return _links.penex(logits, self.target)
 
     def _set(self, done: int) -> None:
         self.done = done  # beside the buffer, as reading that from a GPU waits for it

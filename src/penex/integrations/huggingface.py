@@ -115,8 +115,9 @@ class PENEXTrainer(Trainer):
       :func:`penex.functional.linear_penex_loss` does it, from the hidden states before the last
       layer; labels are shifted as transformers does. Evaluation makes logits where predictions or
       metrics are asked for. The model may have adapters (PEFT), but not at its last layer.
-    - ``predict`` and ``compute_metrics`` get the calibrated logits :math:`(1+\alpha) f`: their
-      softmax are the probabilities, their cross-entropy is the NLL.
+    - ``predict`` and ``compute_metrics`` get calibrated logits, :math:`(1+\alpha) f` without label
+      smoothing and huberization: their softmax are the probabilities of
+      :meth:`penex.PENEX.predict_proba`, their cross-entropy is the NLL.
     - ``eval_loss`` is the value of PENEX at the present penalty, so it can be compared neither with
       cross-entropy nor well between epochs. Choose the best model by a metric such as the NLL.
     - Checkpoints, and what ``save_model`` writes, have the penalty in ``penex.json``. Resuming
@@ -278,7 +279,7 @@ class PENEXTrainer(Trainer):
 
     def _calibrated(self, logits: Tensor) -> Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        return (1 + self.criterion.sensitivity) * logits.to(dtype)
+        return self.criterion.to(logits.device)._calibrated_logits(logits.to(dtype), -1)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -341,8 +342,16 @@ class PENEXTrainer(Trainer):
             layer: As in :func:`fold`.
 
         Raises:
-            TypeError, ValueError, AttributeError: As :func:`fold`; also if the model is sharded.
+            TypeError, ValueError, AttributeError: As :func:`fold`; also if the model is sharded, or
+                was trained with label smoothing or huberization.
         """
+        for name in ("label_smoothing", "huberization"):
+            if getattr(self.criterion, name):
+                raise ValueError(
+                    f"{name}: expected none, as only the link of plain PENEX is a factor that can "
+                    f"be folded into a layer, got {getattr(self.criterion, name)}; softmax of the "
+                    "logits of predict, and criterion.predict_proba, give the probabilities"
+                )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "the model is sharded; expected a whole one: save_model, load it in one process, "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from penex._extras import need
 from penex._inputs import choice, count, number, positive, smooth
+from penex.inference import link
 from penex.losses import PENEX, ConfidencePenaltyLoss, FocalLoss
 
 need("penex.integrations.sklearn", "sklearn", "numpy", "sklearn")
@@ -43,8 +44,8 @@ _HIDDEN = (100,)
 class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     r"""A multi-layer perceptron, or a network of your own, trained with PENEX.
 
-    Its probabilities are calibrated as the loss demands, :math:`\operatorname{softmax}((1+\alpha)
-    f)` for PENEX. Names and defaults are those of :class:`sklearn.neural_network.MLPClassifier`
+    Its probabilities are those of the loss, :math:`\operatorname{softmax}((1+\alpha) f)` for PENEX
+    and :func:`penex.inference.link` for the others. Names and defaults are those of :class:`sklearn.neural_network.MLPClassifier`
     where it has them; ReLU between the layers, and AdamW trains.
 
     Inputs are taken as they are. Networks want features of one scale, so put a
@@ -94,8 +95,8 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_features_in_: Number of features.
         feature_names_in_: Their names, if X had column names.
         model_: The network, on the CPU in evaluation mode; returns logits :math:`f`.
-        criterion_: The loss, with PENEX's penalty in ``criterion_.penalty``.
-        logit_scale_: What multiplies logits before softmax: :math:`1 + \alpha` for PENEX, else 1.
+        criterion_: The loss, with PENEX's penalty in ``criterion_.penalty``;
+            ``penex.inference.Calibrated(model_, criterion_)`` returns probabilities.
         n_iter_: Epochs trained.
         loss_curve_: Log-loss of the training rows in each epoch, comparable between losses.
         validation_scores_: Minus the log-loss of the rows held out, after each epoch; only with
@@ -119,7 +120,6 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     n_features_in_: int
     model_: nn.Module
     criterion_: nn.Module
-    logit_scale_: float
     n_iter_: int
     loss_curve_: list[float]
     validation_scores_: list[float]
@@ -267,25 +267,21 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: Any) -> NDArray[Any]:
         """The most probable labels, shape (N)."""
-        logits = self._calibrated_logits(X)
-        labels: NDArray[Any] = self.classes_[logits.argmax(1).numpy()]
+        labels: NDArray[Any] = self.classes_[self._log_proba(X).argmax(1).numpy()]
         return labels
 
     def predict_proba(self, X: Any) -> NDArray[Any]:
         r"""Probabilities, :math:`\operatorname{softmax}((1+\alpha) f)` for PENEX, shape (N, K)."""
-        return _numpy(F.softmax(self._calibrated_logits(X), 1))
+        return _numpy(self._log_proba(X).exp())
 
     def predict_log_proba(self, X: Any) -> NDArray[Any]:
         """Logarithm of :meth:`predict_proba`, computed in the log domain."""
-        return _numpy(F.log_softmax(self._calibrated_logits(X), 1))
+        return _numpy(self._log_proba(X))
 
     def decision_function(self, X: Any) -> NDArray[Any]:
-        r"""Logits of the probabilities, :math:`(1+\alpha) f` for PENEX, shape (N, K).
-
-        For two classes the log-odds of the second, shape (N).
-        """
-        logits = self._calibrated_logits(X)
-        return _numpy(logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits)
+        """Log-probabilities, shape (N, K); for two classes log-odds of the second, shape (N)."""
+        values = self._log_proba(X)
+        return _numpy(values[:, 1] - values[:, 0] if values.shape[1] == 2 else values)
 
     # What was asked for, checked.
 
@@ -417,7 +413,6 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if not (resume and loss == self._loss):  # the penalty means nothing to another loss
             self.criterion_ = loss.criterion()
         self._layers, self._loss = layers, loss
-        self.logit_scale_ = loss.scale
 
     def _network(self) -> nn.Module:
         n_classes = len(self.classes_)
@@ -505,13 +500,16 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 )
             one_hot = F.one_hot(torch.from_numpy(part.labels), n_classes).to(logits)
             weight = torch.from_numpy(part.weights / mean_weight)[:, None].to(logits)
-            # Targets that hold the weight of their row are what every loss here makes of weights.
-            loss = criterion(logits, weight * smooth(one_hot, self._loss.smoothing))
+            # Targets that hold the weight of their row are what every loss here makes of weights,
+            # but the smoothing of CrossEntropyLoss would not be weighted.
+            target = weight * smooth(one_hot, self._loss.smoothing)
+            plain = isinstance(criterion, nn.CrossEntropyLoss)
+            loss = F.cross_entropy(logits, target) if plain else criterion(logits, target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            calibrated = self.logit_scale_ * logits.detach()
-            log_losses.append(size / count * F.cross_entropy(calibrated, weight * one_hot))
+            log_proba = link(criterion)(logits.detach())
+            log_losses.append(size / count * F.cross_entropy(log_proba, weight * one_hot))
         log_loss = torch.stack(log_losses).sum()
         if not all(values.isfinite().all() for values in (log_loss, *model.parameters())):
             raise ValueError(
@@ -523,17 +521,18 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     # Use.
 
     def _log_loss(self, rows: "_Rows", model: nn.Module, device: torch.device) -> float:
-        logits = self.logit_scale_ * self._logits(rows.X, rows.index, model, device)
-        losses = F.cross_entropy(logits, torch.from_numpy(rows.labels), reduction="none")
+        log_proba = link(self.criterion_)(self._logits(rows.X, rows.index, model, device))
+        losses = F.nll_loss(log_proba, torch.from_numpy(rows.labels), reduction="none")
         return float(np.average(losses.numpy(), weights=rows.weights))
 
-    def _calibrated_logits(self, X: Any) -> Tensor:
+    def _log_proba(self, X: Any) -> Tensor:
         check_is_fitted(self, "model_")
         X = validate_data(self, X, accept_sparse="csr", dtype=self._dtype, reset=False)
         device = torch.device(self.device)
         # Elsewhere a copy works, so that the classifier does not change by predicting.
         model = self.model_ if device.type == "cpu" else copy.deepcopy(self.model_).to(device)
-        return self.logit_scale_ * self._logits(X, np.arange(X.shape[0]), model, device)
+        logits = self._logits(X, np.arange(X.shape[0]), model, device)
+        return link(self.criterion_)(logits)
 
     @torch.no_grad()
     def _logits(
@@ -558,16 +557,10 @@ class _Loss(NamedTuple):
                 return ConfidencePenaltyLoss(self.strength)
             case "focal":
                 return FocalLoss(self.strength)
-        return nn.CrossEntropyLoss()
-
-    @property
-    def scale(self) -> float:
-        """What multiplies logits before softmax gives probabilities."""
-        return 1 + self.strength if self.name == "penex" else 1.0
+        return nn.CrossEntropyLoss(label_smoothing=self.smoothing)
 
     @property
     def smoothing(self) -> float:
-        """Of the targets: that of CrossEntropyLoss forgets the weights they hold."""
         return self.strength if self.name == "label-smoothing" else 0.0
 
 
