@@ -190,8 +190,16 @@ def _train(task: Task, folder: Path, config: Config, dataset: Dataset, execution
 
     run(task, config, dataset, execution)
     record = decided(lambda: read_json(task.folder / "run.json"))
-    nll, epoch = record["validation_nll"], record["best_epoch"]
-    result = "diverged" if nll is None else f"validation NLL {nll:.4f} at epoch {epoch}"
+    scores, epoch = record["validation"].get(config.select), record["epochs"].get(config.select)
+    if scores is None:
+        result = "diverged"
+    elif config.select == "accuracy":
+        result = f"validation accuracy {100 * scores['accuracy']:.1f} % at epoch {epoch}"
+    else:
+        scaled = config.select == "refined"
+        nll = scores["refined_nll" if scaled else "nll"]
+        how = " after temperature scaling" if scaled else ""
+        result = f"validation NLL {nll:.4f}{how} at epoch {epoch}"
     return f"{contender(task.spec).label}, seed {task.seed}: {result}"
 
 

@@ -34,23 +34,28 @@ _RANK: dict[str, Callable[[Scores], tuple[float, ...]]] = {
 """What each selection minimises; of equal epochs the first is taken."""
 
 
-def validation_scores(log_proba: NDArray[np.float64], target: NDArray[np.int64]) -> Scores:
+def validation_scores(
+    logits: NDArray[np.float64], log_proba: NDArray[np.float64], target: NDArray[np.int64]
+) -> Scores:
     """Scores of validation rows after an epoch.
 
     Args:
+        logits: Shape (N, K).
         log_proba: Log-probabilities of the loss's link, shape (N, K).
         target: Labels, shape (N,).
 
     Returns:
-        "nll"; "refined_nll", the NLL after temperature scaling fitted to the same rows; and
-        "accuracy". NaN where `log_proba` holds NaN or infinite values.
+        "nll", of the link's probabilities; "refined_nll", the same after temperature scaling fitted
+        to the same rows; "softmax_nll", of plain softmax; and "accuracy". NaN where `logits` holds
+        NaN or infinite values.
     """
-    if not np.isfinite(log_proba).all():
-        return dict.fromkeys(("nll", "refined_nll", "accuracy"), math.nan)
+    if not (np.isfinite(logits).all() and np.isfinite(log_proba).all()):
+        return dict.fromkeys(("nll", "refined_nll", "softmax_nll", "accuracy"), math.nan)
     temperature = fit_temperature(log_proba, target)
     return {
         "nll": nll(log_proba, target),
         "refined_nll": nll(log_proba / temperature, target),
+        "softmax_nll": nll(logits, target),
         "accuracy": accuracy(log_proba, target),
     }
 

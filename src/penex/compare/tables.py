@@ -1,7 +1,7 @@
-"""The table of a comparison, for terminals, LaTeX and Markdown, from results.json's content."""
+"""The tables of a comparison, for terminals, LaTeX and Markdown, from results.json's content."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
@@ -9,51 +9,56 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from penex.compare.analysis import EPOCHS, clear
 from penex.compare.robustness import NORMS, summary
+from penex.compare.selection import LAST, SELECTIONS
+from penex.compare.verdict import settings
 from penex.metrics import METRICS
 
 COLUMNS = (
-    ("accuracy", "raw"),
-    ("nll", "raw"),
+    ("accuracy", "link"),
+    ("nll", "link"),
     ("nll", "scaled"),
-    ("brier", "raw"),
-    ("ece", "raw"),
+    ("calibration", "link"),
+    ("brier", "scaled"),
+    ("ece", "link"),
     ("ece", "scaled"),
 )
 """Metric and scaling, in the order shown; temperature scaling does not change the accuracy."""
+SELECTED = ("accuracy", "nll", "scaled")
 
 
 class Cell(NamedTuple):
     """A number as the tables show it."""
 
     value: str
-    """mean±half width, or what stands in its place"""
-    difference: str
+    """mean±half width, mean [low, high] where the interval is cut off at what is possible, or what
+    stands in its place"""
+    difference: str = ""
     """to the reference, in the same form; empty for the reference itself"""
-    best: bool
-    sign: int
-    """1 or -1 where the difference is clearly better or worse, 0 where it may be chance."""
+    best: bool = False
+    sign: int = 0
+    """1 or -1 where the loss is better or worse than the reference, else 0."""
 
 
 class Row(NamedTuple):
-    """A loss."""
+    """A loss, or the majority class."""
 
     label: str
+    settings: str
+    """Hyperparameter and learning rate; empty for the majority class."""
+    epochs: str
+    """The selected epochs; empty for the majority class."""
     cells: list[Cell]
-    time: str
-    """milliseconds per epoch"""
 
 
 def header() -> list[str]:
-    """The columns between the loss and the time."""
-    titles = []
-    for name, scaling in COLUMNS:
-        titles.append(_title(name, " (T)" if scaling == "scaled" else ""))
-    return titles
+    """The columns after the loss."""
+    return [_title(name, " (T)" if scaling == "scaled" else "") for name, scaling in COLUMNS]
 
 
 def _title(name: str, mark: str = "") -> str:
+    if name == "calibration":
+        return "Calibration ↓"
     metric = METRICS[name]
     unit = " %" if metric.percent else ""
     return f"{metric.label}{mark}{unit} {'↑' if metric.higher_is_better else '↓'}"
@@ -64,36 +69,108 @@ def _label(loss: dict[str, Any]) -> str:
     return f"{loss['label']}{diverged}"
 
 
-def rows(results: dict[str, Any], epoch: str) -> Iterator[Row]:
-    """The table at "best" or "last" epoch."""
+def rows(results: dict[str, Any], selection: str) -> Iterator[Row]:
+    """The table at a selection, the majority class first."""
+    table = results["summary"][selection]
+    yield Row("Majority class", "", "", [_of_majority(results, *column) for column in COLUMNS])
     for loss in results["losses"]:
         cells = [
-            cell(name, results["summary"][epoch][scaling][name][loss["spec"]])
+            _calibration(table, loss["spec"])
+            if name == "calibration"
+            else cell(name, table[scaling][name][loss["spec"]])
             for name, scaling in COLUMNS
         ]
-        yield Row(_label(loss), cells, _milliseconds(loss["seconds_per_epoch"]["least"]))
+        epochs = span(loss["epochs"][selection])
+        yield Row(_label(loss), settings(loss), epochs, cells)
+
+
+def _of_majority(results: dict[str, Any], name: str, scaling: str) -> Cell:
+    value = results["baseline"].get(name)
+    shown = value is not None and scaling == "link"
+    return Cell(METRICS[name].format(value) if shown else "–")
+
+
+def _calibration(table: dict[str, Any], spec: str) -> Cell:
+    """NLL less NLL after temperature scaling."""
+    whole, refined = (table[scaling]["nll"][spec]["mean"] for scaling in ("link", "scaled"))
+    return Cell("–" if whole is None else METRICS["nll"].format(whole - refined))
+
+
+def span(epochs: Sequence[int | None]) -> str:
+    """Epochs from the first to the last, as in "epochs 34–61"."""
+    known = sorted(epoch for epoch in epochs if epoch is not None)
+    if not known:
+        return ""
+    if known[0] == known[-1]:
+        return f"epoch {known[0]}"
+    return f"epochs {known[0]}–{known[-1]}"
 
 
 def cell(name: str, value: dict[str, Any]) -> Cell:
     """The cell of a metric, from its entry in the summary."""
     metric = METRICS[name]
     if value["mean"] is None:
-        return Cell("–", "", False, 0)
-    text, difference, sign = metric.format(value["mean"]), value["difference"], 0
-    if value["half_width"] is not None:
-        text += f"±{metric.format(value['half_width'])}"
-    if difference is None:
-        return Cell(text, "", value["best"], 0)
-    change = f"{'−' if difference['mean'] < 0 else '+'}{metric.format(abs(difference['mean']))}"
-    if difference["half_width"] is not None:
-        change += f"±{metric.format(difference['half_width'])}"
-    if clear(difference):
-        sign = 1 if (difference["mean"] > 0) == metric.higher_is_better else -1
-    return Cell(text, change, value["best"], sign)
+        return Cell("–")
+    difference = value["difference"]
+    change = "" if difference is None else _with_interval(metric, difference, signed=True)
+    return Cell(_with_interval(metric, value), change, value["best"], value["sign"])
 
 
-class Beside(NamedTuple):
-    """A published figure and ours."""
+def _with_interval(metric: Any, value: Mapping[str, Any], *, signed: bool = False) -> str:
+    def number(x: float) -> str:
+        sign = ("−" if x < 0 else "+") if signed else ""
+        text: str = metric.format(abs(x) if signed else x)
+        return f"{sign}{text}"
+
+    mean, low, high = value["mean"], value["low"], value["high"]
+    if low is None:
+        return number(mean)
+    below, above = mean - low, high - mean
+    if abs(below - above) > 1e-9 * max(below, above):
+        return f"{number(mean)} [{number(low)}, {number(high)}]"
+    return f"{number(mean)}±{metric.format(above)}"
+
+
+def selections(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, list[str]]]]:
+    """For every loss, by selection: epochs, accuracy, NLL, and NLL after temperature scaling."""
+    for loss in results["losses"]:
+        found = {}
+        for selection in SELECTIONS:
+            table = results["summary"][selection]
+            values = [
+                (METRICS[name], table[scaling][name][loss["spec"]]["mean"])
+                for name, scaling in (("accuracy", "link"), ("nll", "link"), ("nll", "scaled"))
+            ]
+            texts = ["–" if mean is None else metric.format(mean) for metric, mean in values]
+            found[selection] = [span(loss["epochs"][selection]), *texts]
+        yield loss["label"], found
+
+
+def timing(results: dict[str, Any]) -> str:
+    """Time of a training epoch of each loss, measured alone; empty if it was not."""
+    seconds = results["seconds_per_epoch"]
+    if not seconds:
+        return ""
+    labels = {loss["spec"]: loss["label"] for loss in results["losses"]}
+    parts = [
+        f"{labels[spec]} {_milliseconds(value)} ms"
+        for spec, value in seconds.items()
+        if spec in labels
+    ]
+    return f"Time of a training epoch, each loss measured alone: {', '.join(parts)}."
+
+
+def floor(results: dict[str, Any]) -> str:
+    """The ECE that predictions without any calibration error would show; empty if unknown."""
+    floors = [run["floor"] for run in results["runs"] if run["floor"] is not None]
+    if not floors:
+        return ""
+    mean = METRICS["ece"].format(sum(floors) / len(floors))
+    return f"With so few test rows, perfectly calibrated predictions have an ECE of about {mean}."
+
+
+class Published(NamedTuple):
+    """A published value beside ours."""
 
     label: str
     metric: str
@@ -103,21 +180,20 @@ class Beside(NamedTuple):
     source: str
 
 
-def published(results: dict[str, Any]) -> list[Beside]:
-    """The published figures of a comparison, in the order of its file."""
+def published(results: dict[str, Any]) -> list[Published]:
+    """The published values of a comparison, in the order of its file."""
     found = []
     for entry in results["published"]:
         name, on = entry["metric"], "test"
         if name == "validation_nll":
             name, on = "nll", "validation"
-        metric, mean, half = METRICS[name], entry["ours"]["mean"], entry["ours"]["half_width"]
+        metric, mean = METRICS[name], entry["ours"]["mean"]
         ours = "–" if mean is None else metric.format(mean)
-        ours += "" if half is None else f"±{metric.format(half)}"
         found.append(
-            Beside(
+            Published(
                 entry["label"],
                 f"{metric.label} ({on}){' %' if metric.percent else ''}",
-                EPOCHS[entry["at"]],
+                SELECTIONS[entry["at"]],
                 ours,
                 metric.format(entry["value"]),
                 entry["source"],
@@ -140,7 +216,7 @@ ROBUST_LEGEND = (
     "Accuracy on test rows that an adversary may change within the radius, under the strongest of "
     "several attacks for each row (PGD, and of AutoAttack APGD on cross-entropy, APGD on the "
     "difference of logits ratio, and Square where they apply). Mean over seeds ± half the 95 % "
-    "interval. Filled, solid: best validation epoch; hollow, dotted: last."
+    "interval. Filled, solid: selected epoch; hollow, dotted: last."
 )
 
 
@@ -152,11 +228,12 @@ def robust(results: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[A
         radii = sorted({0.0, *(record["radius"] for record in own)})
         rows = []
         for loss in results["losses"]:
-            for epoch, title in EPOCHS.items():
+            for epoch in dict.fromkeys(record["epoch"] for record in own):
                 cells = summary(records, loss["spec"], epoch, norm)
                 texts = [_share(cells.get(radius)) for radius in radii]
                 if cells:
-                    rows.append((f"{loss['label']}, {title.lower()}", texts))
+                    title = SELECTIONS[epoch].lower()
+                    rows.append((f"{loss['label']}, {title}", texts))
         found.append(Attacked(norm, NORMS[norm], [radius_name(radius) for radius in radii], rows))
     return found
 
@@ -179,8 +256,8 @@ def _share(cell: dict[str, Any] | None) -> str:
 _STYLES = {1: "green", 0: "", -1: "red"}
 """Of a difference to the reference in a terminal."""
 
-MERGED = ("accuracy", "nll", "ece", "brier")
-"""The metrics of the table of several comparisons, as trained."""
+MERGED = (("accuracy", "link"), ("nll", "link"), ("nll", "scaled"), ("brier", "scaled"))
+"""Metric and scaling of the table of several comparisons."""
 
 
 class Line(NamedTuple):
@@ -188,8 +265,6 @@ class Line(NamedTuple):
 
     label: str
     cells: list[Cell]
-    bootstraps: list[str]
-    """For each cell the interval of one run over its test rows, as "[low, high]"."""
 
 
 class Block(NamedTuple):
@@ -201,19 +276,21 @@ class Block(NamedTuple):
 
 def merged_header() -> list[str]:
     """The columns after the loss."""
-    return [_title(name) for name in MERGED]
+    return [_title(name, " (T)" if scaling == "scaled" else "") for name, scaling in MERGED]
 
 
-def merged(several: Sequence[dict[str, Any]], epoch: str) -> list[Block]:
-    """The table of several comparisons at "best" or "last" epoch."""
+def merged(several: Sequence[dict[str, Any]], selection: str) -> list[Block]:
+    """The table of several comparisons at a selection."""
     blocks = []
     for results, title in zip(several, titles(several), strict=True):
-        lines = []
-        for loss in results["losses"]:
-            column = {name: results["summary"][epoch]["raw"][name] for name in MERGED}
-            cells = [cell(name, column[name][loss["spec"]]) for name in MERGED]
-            bootstraps = [_bootstrap(results, epoch, name, loss["spec"]) for name in MERGED]
-            lines.append(Line(_label(loss), cells, bootstraps))
+        table = results["summary"][selection]
+        lines = [
+            Line(
+                _label(loss),
+                [cell(name, table[scaling][name][loss["spec"]]) for name, scaling in MERGED],
+            )
+            for loss in results["losses"]
+        ]
         blocks.append(Block(title, lines))
     return blocks
 
@@ -236,74 +313,64 @@ def titles(several: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _bootstrap(results: dict[str, Any], epoch: str, metric: str, spec: str) -> str:
-    """The mean over seeds of both ends of a run's bootstrap interval."""
-    ends = [run["interval"][epoch] for run in results["runs"] if run["loss"] == spec]
-    known = [end[metric] for end in ends if end is not None]
-    if not known:
-        return ""
-    low, high = (
-        METRICS[metric].format(sum(each) / len(known)) for each in zip(*known, strict=True)
-    )
-    return f"[{low}, {high}]"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
+def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f}" if seconds >= 1 else f"{1000 * seconds:.3g}"
 
 
 def caption(results: dict[str, Any]) -> str:
-    """What the numbers are, in words."""
+    """What the numbers are of, in words."""
     config = results["config"]
     counts = results["runs"][0]["rows"]
-    noise = (
-        f", {config['label_noise']:.0%} label noise in training" if config["label_noise"] else ""
-    )
+    parts = config["noise_parts"].replace("+", " and ")
+    noise = f", {config['label_noise']:.0%} label noise in {parts}" if config["label_noise"] else ""
     tuned = (
-        f" Tuned with {config['tune']} trials per loss on validation NLL."
-        if config["tune"]
-        else " Nothing tuned."
+        f" Tuned with {config['tune']} trials per loss." if config["tune"] else " Nothing tuned."
     )
     seeds = "1 seed" if config["seeds"] == 1 else f"{config['seeds']} seeds"
     done, planned = len(results["runs"]), results["planned_runs"]
     unfinished = "" if done == planned else f" Unfinished: {done} of {planned} runs."
+    shared = "the same at all seeds" if results["primary"]["fixed_test"] else "drawn by each seed"
     return (
         f"{results['data']['name']}: {counts['train']} training, {counts['validation']} validation "
-        f"and {counts['test']} test rows, {seeds}{noise}.{tuned}{unfinished}"
+        f"and {counts['test']} test rows ({shared}), {seeds}{noise}.{tuned}{unfinished}"
     )
 
 
-LEGEND = (
-    "Mean over seeds ± half the 95 % interval; below it the paired difference to cross-entropy. "
-    "★ best, where that difference is clear of chance (its interval excludes zero). "
-    "(T): after temperature scaling fitted on validation, where that can tell the temperature. "
-    "Time is that of the median training epoch, in the seed that other work disturbed least."
-)
+def legend(results: dict[str, Any]) -> str:
+    """How the numbers of the tables are to be read."""
+    if results["primary"]["fixed_test"]:
+        method = "for seeds and test rows together"
+    else:
+        method = "over seeds, corrected for overlapping test parts (Nadeau and Bengio, 2003)"
+    return (
+        f"Mean ± half the 95 % interval, {method}; below it the paired difference to "
+        "cross-entropy. Colours: better or worse than cross-entropy at the 5 % level, after Holm's "
+        "correction for the losses of a column, by a difference that matters. ★: better than "
+        "cross-entropy and than every other loss on the metric of the recommendation. (T): after "
+        "temperature scaling fitted on validation rows. NLL is the sum of a refinement error, "
+        "NLL (T), and a calibration error, Calibration."
+    )
 
 
 MERGED_LEGEND = (
-    "Mean over seeds ± half the 95 % interval of that mean; below it, in brackets, the 95 % "
-    "bootstrap interval over test rows of a single trained network, both ends averaged over "
-    "seeds. ★ best, and its paired difference to cross-entropy is clear of chance. Probabilities "
-    "as trained."
+    "Mean ± half the 95 % interval. ★: better than cross-entropy and than every other loss on the "
+    "metric of the recommendation. (T): after temperature scaling fitted on validation rows."
 )
 
 
-def terminal(results: dict[str, Any], epoch: str, width: int) -> Table:
+def terminal(results: dict[str, Any], selection: str, width: int) -> Table:
     """For Rich to print on `width` columns, each ± on a line of its own where they do not suffice.
 
     Nothing is cut off on 80 columns or more.
     """
-    table = _terminal(results, epoch, stacked=False)
+    table = _terminal(results, selection, stacked=False)
     needed = Console(width=1000).measure(table).maximum
-    return table if needed <= width else _terminal(results, epoch, stacked=True)
+    return table if needed <= width else _terminal(results, selection, stacked=True)
 
 
-def _terminal(results: dict[str, Any], epoch: str, *, stacked: bool) -> Table:
+def _terminal(results: dict[str, Any], selection: str, *, stacked: bool) -> Table:
     table = Table(
-        title=EPOCHS[epoch],
+        title=SELECTIONS[selection],
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -314,25 +381,52 @@ def _terminal(results: dict[str, Any], epoch: str, *, stacked: bool) -> Table:
     for title in header():
         text = title.replace(" ", "\n", 1) if stacked else title
         table.add_column(f"{text} ", justify="right", no_wrap=True)
-    table.add_column("ms/epoch", justify="right", no_wrap=True)
-    plus_minus = "\n±" if stacked else "±"
-    for row in rows(results, epoch):
+    for row in rows(results, selection):
         texts = []
         for cell in row.cells:
-            value, change = (part.replace("±", plus_minus) for part in cell[:2])
+            value, change = (_stacked(part) if stacked else part for part in cell[:2])
             number = Text(f"{value}{'★' if cell.best else ' '}", "bold" if cell.best else "")
             if change:
                 number.append(f"\n{change} ", style=_STYLES[cell.sign] or "dim")
             texts.append(number)
-        table.add_row(Text(row.label.replace(" (", "\n(")), *texts, row.time)
+        label = Text(row.label.replace(" (", "\n("))
+        for line in filter(None, (row.settings, row.epochs)):
+            label.append(f"\n{line.replace(', ', chr(10)) if stacked else line}", style="dim")
+        table.add_row(label, *texts)
     return table
 
 
-def merged_terminal(several: Sequence[dict[str, Any]], epoch: str) -> Iterator[Table]:
+def _stacked(text: str) -> str:
+    return text.replace("±", "\n±").replace(" [", "\n[").replace(", ", ",\n")
+
+
+def selections_terminal(results: dict[str, Any]) -> Table:
+    """For Rich to print: all selections side by side."""
+    table = Table(
+        title="By selected epoch: accuracy %, NLL, NLL (T)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    table.add_column("Loss")
+    for title in SELECTIONS.values():
+        table.add_column(f"{title} ", justify="right")
+    for label, found in selections(results):
+        cells = []
+        for epochs, *values in found.values():
+            cell = Text(f"{' '.join(values)} ")
+            cell.append(f"\n{epochs} ", style="dim")
+            cells.append(cell)
+        table.add_row(Text(label), *cells)
+    return table
+
+
+def merged_terminal(several: Sequence[dict[str, Any]], selection: str) -> Iterator[Table]:
     """For Rich to print on 80 columns or more, a table for each comparison."""
-    for block in merged(several, epoch):
+    for block in merged(several, selection):
         table = Table(
-            title=Text(f"{block.title}: {EPOCHS[epoch].lower()}"),
+            title=Text(f"{block.title}: {SELECTIONS[selection].lower()}"),
             title_justify="left",
             box=box.SIMPLE_HEAD,
             padding=0,
@@ -342,88 +436,91 @@ def merged_terminal(several: Sequence[dict[str, Any]], epoch: str) -> Iterator[T
         for title in merged_header():
             table.add_column(f"{title} ", justify="right", no_wrap=True)
         for line in block.lines:
-            texts = []
-            for cell, bootstrap in zip(line.cells, line.bootstraps, strict=True):
-                number = Text(f"{cell.value}{'★' if cell.best else ' '}", _STYLES[cell.sign])
-                number.append(f"\n{bootstrap} ", style="dim")
-                texts.append(number)
+            texts = [
+                Text(f"{cell.value}{'★' if cell.best else ' '}", _STYLES[cell.sign])
+                for cell in line.cells
+            ]
             table.add_row(Text(line.label), *texts)
         yield table
 
 
-def merged_markdown(several: Sequence[dict[str, Any]], epoch: str) -> str:
+def merged_markdown(several: Sequence[dict[str, Any]], selection: str) -> str:
     """A pipe table with a column for the data."""
     titles = ["Data", "Loss", *merged_header()]
     lines = [titles, ["---", "---", *["---:"] * len(MERGED)]]
-    for block in merged(several, epoch):
+    for block in merged(several, selection):
         for line in block.lines:
-            cells = [
-                f"{f'**{cell.value}** ★' if cell.best else cell.value} {bootstrap}".strip()
-                for cell, bootstrap in zip(line.cells, line.bootstraps, strict=True)
-            ]
+            cells = [_starred(cell) for cell in line.cells]
             lines.append([_md(block.title), _md(line.label), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def merged_latex(several: Sequence[dict[str, Any]]) -> str:
-    """A booktabs table of both epochs, with the bootstrap intervals in brackets."""
-    columns = 1 + len(MERGED)
-    lines = [
-        "% Needs \\usepackage{booktabs}",
-        "% Mean over seeds and half its 95 % interval; in brackets the 95 % bootstrap interval",
-        "% over test rows of a single network. Bold: best, and clear of chance.",
-        f"\\begin{{tabular}}{{l{'r' * len(MERGED)}}}",
-        "\\toprule",
-        " & ".join(map(_tex, ["Loss", *merged_header()])) + r" \\",
-    ]
-    for epoch, name in EPOCHS.items():
-        for block in merged(several, epoch):
-            title = _tex(" ".join(f"{block.title}: {name[0].lower()}{name[1:]}".split()))
-            lines += ["\\midrule", f"\\multicolumn{{{columns}}}{{l}}{{{title}}} \\\\", "\\midrule"]
-            for line in block.lines:
-                cells = [
-                    (f"\\textbf{{{_tex(cell.value)}}}" if cell.best else _tex(cell.value))
-                    + (f" {{\\small {bootstrap}}}" if bootstrap else "")
-                    for cell, bootstrap in zip(line.cells, line.bootstraps, strict=True)
-                ]
-                lines.append(" & ".join([_tex(line.label), *cells]) + r" \\")
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
-
-
-def markdown(results: dict[str, Any], epoch: str) -> str:
+def markdown(results: dict[str, Any], selection: str) -> str:
     """A pipe table, differences left out."""
-    titles = ["Loss", *header(), "ms/epoch"]
+    titles = ["Loss", *header()]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
-    for row in rows(results, epoch):
-        cells = [f"**{cell.value}** ★" if cell.best else cell.value for cell in row.cells]
-        lines.append([_md(row.label), *cells, row.time])
+    for row in rows(results, selection):
+        facts = ", ".join(filter(None, (row.settings, row.epochs)))
+        label = f"{_md(row.label)}{f'<br>{_md(facts)}' if facts else ''}"
+        lines.append([label, *(_starred(cell) for cell in row.cells)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _starred(cell: Cell) -> str:
+    return f"**{cell.value}** ★" if cell.best else cell.value
 
 
 def _md(text: str) -> str:
     return re.sub(r"([\\`*_<>|])", r"\\\1", " ".join(text.split()))
 
 
+LATEX_SELECTIONS = ("refined", "nll", LAST)
+
+
 def latex(results: dict[str, Any]) -> str:
-    """A booktabs table of both epochs."""
-    titles = ["Loss", *header(), "ms/epoch"]
-    lines = [
+    """A booktabs table of three selections, hyperparameters and epochs below each loss."""
+    columns = 1 + len(COLUMNS)
+    lines = _latex_start(len(COLUMNS), [caption(results), legend(results)], ["Loss", *header()])
+    for selection in LATEX_SELECTIONS:
+        lines += _latex_section(SELECTIONS[selection], columns)
+        for row in rows(results, selection):
+            lines.append(" & ".join([_tex(row.label), *map(_bold, row.cells)]) + r" \\")
+            facts = ", ".join(filter(None, (row.settings, row.epochs)))
+            if facts:
+                lines.append(f"\\multicolumn{{{columns}}}{{l}}{{\\quad\\small {_tex(facts)}}} \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def merged_latex(several: Sequence[dict[str, Any]]) -> str:
+    """A booktabs table of several comparisons at three selections."""
+    columns = 1 + len(MERGED)
+    lines = _latex_start(len(MERGED), [MERGED_LEGEND], ["Loss", *merged_header()])
+    for selection in LATEX_SELECTIONS:
+        for block in merged(several, selection):
+            name = SELECTIONS[selection]
+            lines += _latex_section(f"{block.title}: {name[0].lower()}{name[1:]}", columns)
+            for line in block.lines:
+                lines.append(" & ".join([_tex(line.label), *map(_bold, line.cells)]) + r" \\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _latex_start(columns: int, comments: Sequence[str], titles: Sequence[str]) -> list[str]:
+    return [
         "% Needs \\usepackage{booktabs}",
-        f"% {' '.join(caption(results).split())}",
-        "% Mean over seeds and half the 95 % interval. Bold: best, and clear of chance.",
-        f"\\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
+        *(f"% {' '.join(comment.split())}" for comment in comments),
+        f"\\begin{{tabular}}{{l{'r' * columns}}}",
         "\\toprule",
         " & ".join(map(_tex, titles)) + r" \\",
     ]
-    for epoch, name in EPOCHS.items():
-        lines += ["\\midrule", f"\\multicolumn{{{len(titles)}}}{{l}}{{{name}}} \\\\", "\\midrule"]
-        for row in rows(results, epoch):
-            cells = [
-                f"\\textbf{{{_tex(cell.value)}}}" if cell.best else _tex(cell.value)
-                for cell in row.cells
-            ]
-            lines.append(" & ".join([_tex(row.label), *cells, _tex(row.time)]) + r" \\")
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _latex_section(title: str, columns: int) -> list[str]:
+    words = _tex(" ".join(title.split()))
+    return ["\\midrule", f"\\multicolumn{{{columns}}}{{l}}{{{words}}} \\\\", "\\midrule"]
+
+
+def _bold(cell: Cell) -> str:
+    return f"\\textbf{{{_tex(cell.value)}}}" if cell.best else _tex(cell.value)
 
 
 _TEX = {
@@ -439,6 +536,9 @@ _TEX = {
     "β": r"$\beta$",
     "γ": r"$\gamma$",
     "ε": r"$\varepsilon$",
+    "λ": r"$\lambda$",
+    "ρ": r"$\rho$",
+    "−": "$-$",
 }
 
 

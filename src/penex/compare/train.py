@@ -370,7 +370,7 @@ class _Learner:
     def scores(self, batches: Any, target: NDArray[np.int64]) -> Scores:
         """Validation scores after an epoch, the same on every process."""
         logits = torch.from_numpy(self.logits(batches)).double()
-        return decided(lambda: validation_scores(self.link(logits).numpy(), target))
+        return decided(lambda: validation_scores(logits.numpy(), self.link(logits).numpy(), target))
 
     def logits(self, batches: Any) -> NDArray[np.float32]:
         """Logits of all rows, in their order; from the leading process only."""
@@ -454,8 +454,8 @@ class _Progress:
 
     columns = (
         *("train_nll", "train_accuracy"),
-        *("validation_nll", "validation_refined_nll", "validation_accuracy"),
-        "gradient_norm",
+        *("validation_nll", "validation_refined_nll", "validation_softmax_nll"),
+        *("validation_accuracy", "gradient_norm"),
     )
 
     def __init__(self, folder: Path) -> None:
@@ -647,6 +647,7 @@ def _record(task: Task, ready: _Ready, progress: _Progress) -> dict[str, Any]:
             "validation": len(parts.validation[1]),
             "test": len(parts.test[1]),
         },
+        "class_counts": np.bincount(parts.train[1], minlength=learner.context.num_classes).tolist(),
         "model": ready.model,
         "parameters": learner.parameters,
         "epochs": progress.selected.epochs | {LAST: progress.epoch},

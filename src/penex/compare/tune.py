@@ -8,7 +8,6 @@ have proposed anyway.
 """
 
 import contextlib
-import csv
 import functools
 import hashlib
 import json
@@ -236,7 +235,8 @@ def tune(
 ) -> None:
     """Run trials of one loss until none is waiting; other processes may be doing the same.
 
-    A trial's score is the validation NLL of the loss's own probabilities, at seed 0. For the
+    A trial is a run at seed 0, scored by the validation rows at the epoch that `config.select`
+    selects. The test rows are the same at all seeds then, so tuning has seen none of them. For the
     arguments see :class:`Study`.
     """
     from penex.compare.train import run  # torch and Lightning: only the process that trains
@@ -268,14 +268,13 @@ def _space(spec: str, config: Config) -> dict[str, FloatDistribution]:
 
 
 def _score(run: Path, config: Config) -> float:
-    """Of a finished run; infinite if it diverged."""
-    if config.tune_at == "best":
-        nll = read_json(run / "run.json")["validation_nll"]
-        return math.inf if nll is None else float(nll)
-    with (run / "curve.csv").open(encoding="utf-8") as stream:
-        *_, last = csv.DictReader(stream)
-    nll = float(last["validation_nll"])
-    return nll if math.isfinite(nll) else math.inf
+    """What tuning minimises, of a finished run; infinite if it diverged."""
+    scores = read_json(run / "run.json")["validation"].get(config.select)
+    if scores is None:
+        return math.inf
+    if config.select == "accuracy":
+        return -float(scores["accuracy"])
+    return float(scores["refined_nll" if config.select == "refined" else "nll"])
 
 
 def _journal(folder: Path) -> Path:
