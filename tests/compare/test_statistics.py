@@ -150,7 +150,7 @@ def test_crossed_interval_on_nulls(
         )
         wrong.append(excludes_zero(crossed_interval(d)))
         narrow.append(stats.ttest_1samp(d.mean(axis=1), 0).pvalue < 0.05)
-    assert 0.03 <= np.mean(wrong) <= 0.07  # 5 % with the noise of 1000 replications
+    assert 0.025 <= np.mean(wrong) <= 0.075  # 5 % with the noise of 1000 replications
     if of_row >= 1.0 and of_seed < 1:
         assert np.mean(narrow) > 0.15  # what seeds alone say
 
