@@ -19,6 +19,7 @@ need(
     "pyarrow",
     "pydantic",
     "rich",
+    "scikit_posthocs",
     "scipy",
     "skrub",
     "sklearn",

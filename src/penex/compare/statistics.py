@@ -82,6 +82,11 @@ def resplit_interval(
     :math:`\sigma^2 (s + (1-s)/J)`, which is the formula. If all rows outside the test part are
     used for training, :math:`s / (1 - s) = n_\text{test} / n_\text{train}` as in the paper.
 
+    s is an approximation: no estimate of that correlation is unbiased (Bengio & Grandvalet, 2004).
+    The interval is right where the rows of the test part make most of the noise. It is too wide
+    where the training itself does (initialisation, small training sets), and too narrow where the
+    differences depend mainly on which rows are in the training part, which splits share as well.
+
     Args:
         values: (J,) one per seed: paired differences, or values of one loss.
         test_share: s in (0, 1): the test rows over all rows *from which test rows are drawn*.
@@ -148,9 +153,10 @@ def crossed_interval(
     seeds, rows = d.shape
     if rows < 2:
         raise ValueError(f"values: expected at least 2 rows (columns), got shape {d.shape}")
-    of_seed, of_row, mean = d.mean(axis=1), d.mean(axis=0), float(d.mean())
+    of_seed = d.mean(axis=1)
     if seeds < MIN_SEEDS:
         return _without_interval(of_seed)
+    of_row, mean = d.mean(axis=0), float(d.mean())
     residual = d - of_seed[:, None] - of_row + mean
     residual_df = (seeds - 1) * (rows - 1)
     return _crossed(
