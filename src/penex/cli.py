@@ -169,7 +169,7 @@ def compare(
     ] = None,
     label_noise: Annotated[
         float | None,
-        typer.Option(help="Share of training labels moved to another class. (default: 0)"),
+        typer.Option(help="Share of training labels replaced by wrong ones. (default: 0)"),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the training rows. (default: 100)")
@@ -232,11 +232,18 @@ def compare(
             help="Share of test rows among all rows. (default: 0.25)", rich_help_panel=DATA
         ),
     ] = None,
-    noise: Annotated[
+    noise_parts: Annotated[
+        Literal["training", "training+validation"] | None,
+        typer.Option(
+            help="Parts with --label-noise. (default: training)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    noise_classes: Annotated[
         Literal["other", "uniform"] | None,
         typer.Option(
-            help="A wrong label is another class; or any class, in validation rows too. "
-            "(default: other)",
+            help="A replaced label is drawn from the other classes, or from all, the true one "
+            "included. (default: other)",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -377,7 +384,8 @@ def compare(
             validation_size=validation_size,
             test_size=test_size,
             label_noise=label_noise,
-            noise=noise,
+            noise_parts=noise_parts,
+            noise_classes=noise_classes,
             image_size=image_size,
             augment=_words(augment),
             model=model,

@@ -416,37 +416,38 @@ def test_noise_is_exact_and_on_training_only(noise: float, seed: int, name: str)
         assert np.array_equal(a[1], b[1])
 
 
-def test_noise_is_uniform_over_other_classes_and_nested() -> None:
+def test_smaller_noise_is_part_of_larger() -> None:
     digits = load("digits")
-    moves = np.zeros((10, 10))
-    for seed in range(30):
-        clean = cut(digits, seed=seed).train[1]
-        noisy = cut(digits, seed=seed, label_noise=0.9).train[1]
-        np.add.at(moves, (clean, (noisy - clean) % 10), 1)
-    shifts = moves.sum(0)[1:]  # by (new - old) mod 10; 0 is "unchanged"
-    expected = shifts.sum() / 9
-    assert ((shifts - expected) ** 2 / expected).sum() < 26.1  # chi-square, 8 dof, p = 0.001
     little, much = (cut(digits, label_noise=r).train[1] for r in (0.1, 0.3))
-    clean = cut(digits).train[1]
-    touched = little != clean
+    touched = little != cut(digits).train[1]
     assert np.array_equal(little[touched], much[touched])
 
 
-def test_uniform_noise_is_the_authors() -> None:
-    """Any class, the true one included, in validation rows as well."""
+@pytest.mark.parametrize("noise_parts", ["training", "training+validation"])
+@pytest.mark.parametrize("noise_classes", ["other", "uniform"])
+def test_whose_labels_are_noisy_and_which_they_get(noise_parts: str, noise_classes: str) -> None:
     digits = load("digits")
-    moves, validation = np.zeros(10), 0
+    options = {"noise_parts": noise_parts, "noise_classes": noise_classes, "label_noise": 0.5}
+    moves = {part: np.zeros(10) for part in ("train", "validation", "test")}
+    replaced = dict.fromkeys(moves, 0)
     for seed in range(30):
-        clean = cut(digits, seed=seed)
-        noisy = cut(digits, seed=seed, label_noise=0.5, noise="uniform")
-        moves += np.bincount((noisy.train[1] - clean.train[1]) % 10, minlength=10)
-        validation += (noisy.validation[1] != clean.validation[1]).sum()
-        assert np.array_equal(noisy.test[1], clean.test[1])
-    moves[0] -= 30 * (1150 - 575)  # not drawn
-    expected = moves.sum() / 10
-    assert ((moves - expected) ** 2 / expected).sum() < 27.9  # chi-square, 9 dof, p = 0.001
-    drawn = 30 * 144
-    assert abs(validation - 0.9 * drawn) < 4 * np.sqrt(0.09 * drawn)
+        clean, noisy = cut(digits, seed=seed), cut(digits, seed=seed, **options)
+        for part, count in moves.items():
+            before, after = getattr(clean, part)[1], getattr(noisy, part)[1]
+            count += np.bincount((after - before) % 10, minlength=10)
+            replaced[part] += round(len(before) / 2)
+    noisy_parts = {"train", "validation"} if "validation" in noise_parts else {"train"}
+    for part, count in moves.items():
+        if part not in noisy_parts:
+            assert count[0] == count.sum()
+            continue
+        count[0] -= count.sum() - replaced[part]  # those that were left as they were
+        if noise_classes == "other":
+            assert count[0] == 0
+            count = count[1:]
+        expected = count.mean()
+        # Chi-square with 9 degrees of freedom, p = 0.001.
+        assert ((count - expected) ** 2 / expected).sum() < 27.9
 
 
 @given(

@@ -36,9 +36,12 @@ class Config(BaseModel):
     validation_size: Annotated[float, Field(gt=0, lt=1)] = 0.2
     test_size: Annotated[float, Field(gt=0, lt=1)] = 0.25
     label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    noise: Literal["other", "uniform"] = "other"
-    """Wrong labels: another class, in training rows; or any class, in validation rows too, as the
-    authors' code has it."""
+    """Share of the rows of `noise_parts` whose label is replaced."""
+    noise_parts: Literal["training", "training+validation"] = "training"
+    """The parts with label noise. Test labels never have any."""
+    noise_classes: Literal["other", "uniform"] = "other"
+    """The new label: drawn from the other K - 1 classes, or from all K including the true one, so
+    that a share 1 / K of the replaced labels stays right."""
     image_size: Positive | None = None
     """Images are resized to this height and width; None: as they come, and all alike."""
     augment: tuple[Literal["flip", "crop", "resized-crop", "rotate"], ...] = ()

@@ -38,7 +38,7 @@ class Split:
     Attributes:
         train: X and y, y being int64 of shape (n,), with label noise if any. X is float32 of shape
             (n, ...), standardised, for numbers; for images a view of them; for texts their list.
-        validation: The same for validation rows, labels as given unless the noise is "uniform".
+        validation: The same for validation rows, with label noise if config.noise_parts says so.
         test: The same for test rows, labels as given.
     """
 
@@ -65,10 +65,10 @@ def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
         config: Its train_size is the number n of training rows, None: all that test and validation
             leave; its validation_size the share v of validation rows among training and validation
             rows. With train_size given that is round(n v / (1 - v)) rows, and the rest stays
-            unused. Its test_size is the share of test rows among the rows they are drawn from. Of
-            round(label_noise n) training rows the label is wrong: another class, each of the K - 1
-            others being equally likely (noise "other"), or any of the K, in so many validation rows
-            too ("uniform").
+            unused. Its test_size is the share of test rows among the rows they are drawn from. In
+            each part of its noise_parts, of m rows, round(label_noise m) labels are replaced: by
+            one of the other K - 1 classes (noise_classes "other") or of all K ("uniform"), each
+            equally likely.
 
     Returns:
         C-contiguous, finite arrays. Every drawn part holds every class (before the noise).
@@ -83,7 +83,7 @@ def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
     labels = [dataset.target[part] for part in rows]
     k = len(dataset.classes)
     labels[0] = _with_noise(labels[0], config, k, (seed, _NOISE))
-    if config.noise == "uniform":
+    if config.noise_parts == "training+validation":
         labels[1] = _with_noise(labels[1], config, k, (seed, _VALIDATION_NOISE))
     return Split(*zip(features, labels, strict=True))
 
@@ -188,10 +188,10 @@ def _too_rare(dataset: Dataset, codes: Rows, where: str) -> CompareError:
 def _with_noise(
     y: npt.NDArray[np.int64], config: Config, k: int, stream: tuple[int, int]
 ) -> npt.NDArray[np.int64]:
-    """Labels of which round(label_noise n) have moved to another of the k classes, or to any."""
+    """Labels of which round(label_noise n) are replaced by another of the k classes, or by any."""
     rng = np.random.default_rng(stream)
     # Drawn for all rows first, so that the rows of a smaller noise are among those of a larger one.
-    least = 1 if config.noise == "other" else 0
+    least = 1 if config.noise_classes == "other" else 0
     order, shift = rng.permutation(len(y)), rng.integers(least, k, size=len(y))
     noisy = order[: round(config.label_noise * len(y))]
     y = y.copy()

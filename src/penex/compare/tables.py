@@ -259,7 +259,9 @@ def caption(results: dict[str, Any]) -> str:
     config = results["config"]
     counts = results["runs"][0]["rows"]
     noise = (
-        f", {config['label_noise']:.0%} label noise in training" if config["label_noise"] else ""
+        f", {config['label_noise']:.0%} label noise in {config['noise_parts'].replace('+', ' and ')}"
+        if config["label_noise"]
+        else ""
     )
     tuned = (
         f" Tuned with {config['tune']} trials per loss on validation NLL."
