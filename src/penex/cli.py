@@ -232,6 +232,14 @@ def compare(
             help="Share of test rows among all rows. (default: 0.25)", rich_help_panel=DATA
         ),
     ] = None,
+    test_split: Annotated[
+        Literal["per-seed", "once"] | None,
+        typer.Option(
+            help="Whether each seed draws its own test rows, or all share one draw. (default: "
+            "per-seed; with tuning, once)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     noise_parts: Annotated[
         Literal["training", "training+validation"] | None,
         typer.Option(
@@ -383,6 +391,7 @@ def compare(
             train_size=train_size,
             validation_size=validation_size,
             test_size=test_size,
+            test_split=test_split,
             label_noise=label_noise,
             noise_parts=noise_parts,
             noise_classes=noise_classes,

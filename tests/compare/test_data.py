@@ -395,6 +395,23 @@ def test_test_rows_depend_on_seed_and_share_alone() -> None:
     assert set(row_numbers(digits, seed=1)[2]) != set(test)
 
 
+@pytest.mark.parametrize("options", [{"tune": 1}, {"test_split": "once"}])
+@pytest.mark.parametrize("train_size", [None, 200])
+def test_no_seed_trains_on_test_rows_of_another(
+    options: dict[str, Any], train_size: int | None
+) -> None:
+    data = load("digits")
+    drawn = [row_numbers(data, seed=seed, train_size=train_size, **options) for seed in range(6)]
+    tested = np.unique(np.concatenate([test for _, _, test in drawn]))
+    for train, validation, test in drawn:
+        assert np.array_equal(test, drawn[0][2])
+        assert np.intersect1d(np.concatenate([train, validation]), tested).size == 0
+    for part in (0, 1):
+        assert len({tuple(rows[part]) for rows in drawn}) == 6
+    # Those of seed 0 are the same with a draw for each seed.
+    assert np.array_equal(drawn[0][2], row_numbers(data, train_size=train_size)[2])
+
+
 def test_seeds_differ_and_repeat(csv: Path) -> None:
     for data in (load("wine"), load(str(csv), "label")):
         first = cut(data, seed=5, label_noise=0.2)

@@ -51,7 +51,8 @@ def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
     """Take or draw the parts, and prepare features with the statistics of the training rows.
 
     Parts that the data set comes with are used as they are; what is missing is drawn, stratified
-    by class. Test rows are drawn first and depend on seed and test_size only.
+    by class. Test rows are drawn first and depend on seed and test_size only; if all seeds share
+    them (``Config.shares_test_rows``), they are those of seed 0.
 
     Columns are standardised, arrays of more than two dimensions (images) as a whole; a column that
     is constant in the training rows is 0 everywhere, because its scale is unknown. In tables,
@@ -125,7 +126,8 @@ def draw_rows(dataset: Dataset, seed: int, config: Config) -> list[Rows]:
 
     parts = {}
     if "test" not in given:
-        pool, parts["test"] = _stratified(dataset, pool, (rest, n_test), (seed, _TEST))
+        test_seed = 0 if config.shares_test_rows(given) else seed
+        pool, parts["test"] = _stratified(dataset, pool, (rest, n_test), (test_seed, _TEST))
     if "validation" not in given:
         parts["training"], parts["validation"] = _stratified(
             dataset, pool, (n_train, n_validation), (seed, _TRAIN)

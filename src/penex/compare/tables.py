@@ -258,11 +258,8 @@ def caption(results: dict[str, Any]) -> str:
     """What the numbers are, in words."""
     config = results["config"]
     counts = results["runs"][0]["rows"]
-    noise = (
-        f", {config['label_noise']:.0%} label noise in {config['noise_parts'].replace('+', ' and ')}"
-        if config["label_noise"]
-        else ""
-    )
+    noisy = config["noise_parts"].replace("+", " and ")
+    noise = f", {config['label_noise']:.0%} label noise in {noisy}" if config["label_noise"] else ""
     tuned = (
         f" Tuned with {config['tune']} trials per loss on validation NLL."
         if config["tune"]
