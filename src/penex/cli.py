@@ -504,7 +504,7 @@ def attack(
 ) -> None:
     """Attack the networks of a comparison: accuracy on test rows that an adversary changes.
 
-    Radii are of pixels on the scale [0, 1]; of standardised features where the data are numbers.
+    Radii are of pixels on the scale [0, 1]; of scaled features where the data are numbers.
     Results go to robustness.json in FOLDER, and into its report. Stop at any time; the same command
     continues.
     """
