@@ -24,8 +24,9 @@ from penex.compare.tables import LEGEND
 OPTIONS = (
     *("--data", "--target", "--losses", "--seeds", "--train-size", "--label-noise", "--epochs"),
     *("--lr", "--batch-size", "--tune", "--jobs", "--out", "--config", "--text", "--classes"),
-    *("--data-dir", "--parts", "--validation-size", "--test-size", "--noise", "--image-size"),
-    *("--augment", "--model", "--hidden", "--optimizer", "--weight-decay", "--schedule"),
+    *("--data-dir", "--parts", "--validation-size", "--test-size", "--image-size", "--augment"),
+    *("--noise-parts", "--noise-classes", "--test-split"),
+    *("--model", "--hidden", "--optimizer", "--weight-decay", "--schedule"),
     *("--warmup-epochs", "--gradient-clip", "--accumulate", "--precision", "--compile"),
     *("--tune-lr", "--tune-at", "--tune-jobs", "--storage", "--backend", "--address", "--devices"),
     *("--nodes", "--strategy", "--workers", "--logger"),
@@ -118,7 +119,9 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
         *("--hidden= 8,4", "--optimizer=sgd", "--weight-decay=0.01", "--schedule=cosine"),
         *("--warmup-epochs=1", "--gradient-clip=0.5", "--accumulate=2", "--precision=bf16-mixed"),
         *("--no-tune-lr", "--tune-at=last", "--validation-size=0.3"),
-        *("--test-size=0.2", "--classes=setosa, virginica", "--noise=uniform", "--no-compile"),
+        *("--test-size=0.2", "--classes=setosa, virginica", "--no-compile"),
+        "--test-split=once",
+        *("--noise-classes=uniform", "--noise-parts=training+validation"),
     )
     arguments = ("compare", "iris", *options, "--losses=penex", "--seeds=1", "--epochs=2")
     result = penex(*arguments, "--jobs=1", "--out", tmp_path / "out")
@@ -130,7 +133,9 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
         classes=("setosa", "virginica"),
         validation_size=0.3,
         test_size=0.2,
-        noise="uniform",
+        test_split="once",
+        noise_parts="training+validation",
+        noise_classes="uniform",
         hidden=(8, 4),
         losses=("penex",),
         seeds=1,

@@ -169,7 +169,7 @@ def compare(
     ] = None,
     label_noise: Annotated[
         float | None,
-        typer.Option(help="Share of training labels moved to another class. (default: 0)"),
+        typer.Option(help="Share of training labels replaced by wrong ones. (default: 0)"),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the training rows. (default: 100)")
@@ -232,11 +232,26 @@ def compare(
             help="Share of test rows among all rows. (default: 0.25)", rich_help_panel=DATA
         ),
     ] = None,
-    noise: Annotated[
+    test_split: Annotated[
+        Literal["per-seed", "once"] | None,
+        typer.Option(
+            help="Whether each seed draws its own test rows, or all share one draw. (default: "
+            "per-seed; with tuning, once)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    noise_parts: Annotated[
+        Literal["training", "training+validation"] | None,
+        typer.Option(
+            help="Parts with --label-noise. (default: training)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    noise_classes: Annotated[
         Literal["other", "uniform"] | None,
         typer.Option(
-            help="A wrong label is another class; or any class, in validation rows too. "
-            "(default: other)",
+            help="A replaced label is drawn from the other classes, or from all, the true one "
+            "included. (default: other)",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -376,8 +391,10 @@ def compare(
             train_size=train_size,
             validation_size=validation_size,
             test_size=test_size,
+            test_split=test_split,
             label_noise=label_noise,
-            noise=noise,
+            noise_parts=noise_parts,
+            noise_classes=noise_classes,
             image_size=image_size,
             augment=_words(augment),
             model=model,
@@ -487,7 +504,7 @@ def attack(
 ) -> None:
     """Attack the networks of a comparison: accuracy on test rows that an adversary changes.
 
-    Radii are of pixels on the scale [0, 1]; of standardised features where the data are numbers.
+    Radii are of pixels on the scale [0, 1]; of scaled features where the data are numbers.
     Results go to robustness.json in FOLDER, and into its report. Stop at any time; the same command
     continues.
     """

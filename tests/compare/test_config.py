@@ -125,6 +125,30 @@ def test_losses_that_are_refused(losses: list[str], message: str) -> None:
         configure(losses=losses)
 
 
+def test_tuning_with_test_rows_of_each_seed_is_refused() -> None:
+    with pytest.raises(CompareError, match=r"^test_split: expected once with tuning, got per-seed"):
+        configure(tune=3, test_split="per-seed")
+    assert configure(test_split="per-seed").test_split == "per-seed"
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "shared"),
+    [
+        ({}, (), False),
+        ({}, ("validation",), False),
+        ({"test_split": "per-seed"}, (), False),
+        ({}, ("test",), True),
+        ({"test_split": "per-seed"}, ("test",), True),
+        ({"test_split": "once"}, (), True),
+        ({"tune": 1}, (), True),
+    ],
+)
+def test_when_all_seeds_share_their_test_rows(
+    options: dict[str, Any], given: tuple[str, ...], shared: bool
+) -> None:
+    assert Config(**options).shares_test_rows(given) is shared
+
+
 def test_one_loss_with_several_values() -> None:
     assert configure(losses=["penex", "penex=0.1", "penex=1e-3"]).losses == (
         "penex",

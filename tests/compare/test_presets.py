@@ -20,7 +20,10 @@ SHARED = {"lr": 1e-4, "batch_size": 64, "optimizer": "adam", "schedule": "consta
 # which they have in common. Losses: smoothing, strength, gamma, alpha.
 PROTOCOL: dict[str, dict[str, Any]] = {
     "cifar10": {**SHARED, "model": "convnet", "epochs": 200, "gradient_clip": 5},
-    "cifar10-noisy": {**SHARED, "label_noise": 0.1, "noise": "uniform", "gradient_clip": 5},
+    "cifar10-noisy": {
+        **{"label_noise": 0.1, "noise_parts": "training+validation", "noise_classes": "uniform"},
+        **{**SHARED, "gradient_clip": 5},
+    },
     "cifar100": {**SHARED, "model": "convnet", "epochs": 200, "gradient_clip": 15},
     "cifar100-long": {**SHARED, "model": "convnet", "epochs": 800, "gradient_clip": 15},
     "cifar10-vit": {**SHARED, "model": "vit", "epochs": 200, "gradient_clip": 5},
@@ -136,7 +139,8 @@ def test_a_smoke_run_is_the_same_but_small(name: str, experiment: str) -> None:
     small = preset(name).configs(smoke=True)[experiment]
     assert preset(name).steps(experiment, small) < 250
     assert set(small.losses) <= set(whole.losses)
-    kept = ("data", "target", "text", "optimizer", "schedule", "noise", "label_noise", "lr")
+    noise = ("label_noise", "noise_parts", "noise_classes")
+    kept = ("data", "target", "text", "optimizer", "schedule", "lr", *noise)
     for setting in kept:
         assert getattr(small, setting) == getattr(whole, setting)
 

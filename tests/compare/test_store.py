@@ -263,6 +263,7 @@ def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:
         "fingerprint": IRIS.fingerprint,
         "rows": 150,
         "classes": ["setosa", "versicolor", "virginica"],
+        "parts": [],
     }
 
 

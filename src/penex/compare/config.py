@@ -1,11 +1,20 @@
 """What a comparison is made of: validated once, written down, and the same on every restart."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from penex.compare.errors import CompareError
 from penex.compare.registry import DEFAULT_LOSSES, contender
@@ -35,10 +44,17 @@ class Config(BaseModel):
     train_size: Positive | None = None
     validation_size: Annotated[float, Field(gt=0, lt=1)] = 0.2
     test_size: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    test_split: Literal["per-seed", "once"] | None = None
+    """Whether test rows that are drawn differ between seeds or are the same for all; training and
+    validation rows always differ. None: per seed, but once with tuning, which would otherwise have
+    seen test rows of other seeds."""
     label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    noise: Literal["other", "uniform"] = "other"
-    """Wrong labels: another class, in training rows; or any class, in validation rows too, as the
-    authors' code has it."""
+    """Share of the rows of `noise_parts` whose label is replaced."""
+    noise_parts: Literal["training", "training+validation"] = "training"
+    """The parts with label noise. Test labels never have any."""
+    noise_classes: Literal["other", "uniform"] = "other"
+    """The new label: drawn from the other K - 1 classes, or from all K including the true one, so
+    that a share 1 / K of the replaced labels stays right."""
     image_size: Positive | None = None
     """Images are resized to this height and width; None: as they come, and all alike."""
     augment: tuple[Literal["flip", "crop", "resized-crop", "rotate"], ...] = ()
@@ -98,6 +114,23 @@ class Config(BaseModel):
         if len(set(labels)) < len(labels):
             raise ValueError(f"a loss is named twice in {', '.join(value)}")
         return value
+
+    @model_validator(mode="after")
+    def _tuning_sees_no_test_rows(self) -> "Config":
+        if self.tune and self.test_split == "per-seed":
+            raise ValueError(
+                "test_split: expected once with tuning, got per-seed: the rows on which seed 0 is "
+                "tuned would be test rows of other seeds"
+            )
+        return self
+
+    def shares_test_rows(self, given: Collection[str]) -> bool:
+        """Whether the test rows are the same for all seeds.
+
+        Args:
+            given: Names of the parts that the data set comes with, ``Dataset.official`` say.
+        """
+        return "test" in given or self.tune > 0 or self.test_split == "once"
 
     def settings(self) -> dict[str, Any]:
         """As plain values, for files."""

@@ -1,7 +1,7 @@
 """Accuracy on test rows that an adversary changes, by attacks of adversarial-robustness-toolbox.
 
 The adversary sees the network and moves each input within a radius: of pixels, on the scale [0, 1]
-and never out of it (normalisation is a layer of the attacked model); or of standardised features,
+and never out of it (normalisation is a layer of the attacked model); or of scaled features,
 anywhere. Rows still classified rightly go from one attack to the next, so an accuracy is that under
 the strongest of them for every row:
 

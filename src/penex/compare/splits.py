@@ -15,13 +15,14 @@ from sklearn.compose import ColumnTransformer, make_column_selector
 from sklearn.impute import SimpleImputer
 from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.preprocessing import OneHotEncoder
 from threadpoolctl import threadpool_limits
 
 from penex.compare.config import Config
 from penex.compare.dataset import Dataset, Texts
 from penex.compare.errors import CompareError
 from penex.compare.images import Images
+from penex.compare.scaling import Components, scale_as_a_whole, scale_columns
 
 Rows = npt.NDArray[np.int64]
 Inputs = npt.NDArray[np.float32] | Images | list[str]
@@ -37,8 +38,8 @@ class Split:
 
     Attributes:
         train: X and y, y being int64 of shape (n,), with label noise if any. X is float32 of shape
-            (n, ...), standardised, for numbers; for images a view of them; for texts their list.
-        validation: The same for validation rows, labels as given unless the noise is "uniform".
+            (n, ...), scaled, for numbers; for images a view of them; for texts their list.
+        validation: The same for validation rows, with label noise if config.noise_parts says so.
         test: The same for test rows, labels as given.
     """
 
@@ -51,12 +52,13 @@ def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
     """Take or draw the parts, and prepare features with the statistics of the training rows.
 
     Parts that the data set comes with are used as they are; what is missing is drawn, stratified
-    by class. Test rows are drawn first and depend on seed and test_size only.
+    by class. Test rows are drawn first and depend on seed and test_size only; if all seeds share
+    them (``Config.shares_test_rows``), they are those of seed 0.
 
-    Columns are standardised, arrays of more than two dimensions (images) as a whole; a column that
-    is constant in the training rows is 0 everywhere, because its scale is unknown. In tables,
-    categories become one-hot columns (or 30 text components from 40 categories on), dates their
-    year, month, day, hour and seconds; missing numbers become the mean, with a column that says so.
+    Columns are standardised robustly and bounded (:func:`~penex.compare.scaling.scale_columns`),
+    arrays of more than two dimensions (images) as a whole. In tables, categories become one-hot
+    columns (or 30 text components from 40 categories on), dates their year, month, day, hour and
+    seconds; missing numbers become the median, with a column that says so.
     Categories not met in training become zeros. Images and texts are left to the model.
 
     Args:
@@ -65,10 +67,10 @@ def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
         config: Its train_size is the number n of training rows, None: all that test and validation
             leave; its validation_size the share v of validation rows among training and validation
             rows. With train_size given that is round(n v / (1 - v)) rows, and the rest stays
-            unused. Its test_size is the share of test rows among the rows they are drawn from. Of
-            round(label_noise n) training rows the label is wrong: another class, each of the K - 1
-            others being equally likely (noise "other"), or any of the K, in so many validation rows
-            too ("uniform").
+            unused. Its test_size is the share of test rows among the rows they are drawn from. In
+            each part of its noise_parts, of m rows, round(label_noise m) labels are replaced: by
+            one of the other K - 1 classes (noise_classes "other") or of all K ("uniform"), each
+            equally likely.
 
     Returns:
         C-contiguous, finite arrays. Every drawn part holds every class (before the noise).
@@ -83,7 +85,7 @@ def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
     labels = [dataset.target[part] for part in rows]
     k = len(dataset.classes)
     labels[0] = _with_noise(labels[0], config, k, (seed, _NOISE))
-    if config.noise == "uniform":
+    if config.noise_parts == "training+validation":
         labels[1] = _with_noise(labels[1], config, k, (seed, _VALIDATION_NOISE))
     return Split(*zip(features, labels, strict=True))
 
@@ -125,7 +127,8 @@ def draw_rows(dataset: Dataset, seed: int, config: Config) -> list[Rows]:
 
     parts = {}
     if "test" not in given:
-        pool, parts["test"] = _stratified(dataset, pool, (rest, n_test), (seed, _TEST))
+        test_seed = 0 if config.shares_test_rows(given) else seed
+        pool, parts["test"] = _stratified(dataset, pool, (rest, n_test), (test_seed, _TEST))
     if "validation" not in given:
         parts["training"], parts["validation"] = _stratified(
             dataset, pool, (n_train, n_validation), (seed, _TRAIN)
@@ -188,10 +191,10 @@ def _too_rare(dataset: Dataset, codes: Rows, where: str) -> CompareError:
 def _with_noise(
     y: npt.NDArray[np.int64], config: Config, k: int, stream: tuple[int, int]
 ) -> npt.NDArray[np.int64]:
-    """Labels of which round(label_noise n) have moved to another of the k classes, or to any."""
+    """Labels of which round(label_noise n) are replaced by another of the k classes, or by any."""
     rng = np.random.default_rng(stream)
     # Drawn for all rows first, so that the rows of a smaller noise are among those of a larger one.
-    least = 1 if config.noise == "other" else 0
+    least = 1 if config.noise_classes == "other" else 0
     order, shift = rng.permutation(len(y)), rng.integers(least, k, size=len(y))
     noisy = order[: round(config.label_noise * len(y))]
     y = y.copy()
@@ -200,38 +203,17 @@ def _with_noise(
 
 
 def _prepare(dataset: Dataset, rows: Sequence[Rows], seed: int) -> Sequence[Inputs]:
-    """The features of each part; numbers standardised, fitted on the first."""
+    """The features of each part; numbers on a scale fitted on the first."""
     features = dataset.features
     if isinstance(features, Images):
         return [features[part] for part in rows]
     if isinstance(features, Texts):
         return [features.take(part) for part in rows]
-    parts: Sequence[npt.NDArray[np.floating]]
     if isinstance(features, pd.DataFrame):
-        parts = _encode_table(dataset.name, [features.iloc[part] for part in rows], seed)
-    else:
-        # Columns have a scale each; the pixels of an image, more than two dimensions, share one,
-        # as one that hardly varies in training would otherwise be blown up elsewhere.
-        parts = [features[part] for part in rows]
-        parts = [
-            part.reshape(len(part), -1) if part.ndim == 2 else part.reshape(-1, 1) for part in parts
-        ]
-
-    scaler = StandardScaler().fit(parts[0])
-    constant = np.ptp(parts[0], axis=0) == 0
-    shape = parts[0].shape[1:] if isinstance(features, pd.DataFrame) else features.shape[1:]
-    prepared = []
-    for name, part in zip(("training", "validation", "test"), parts, strict=True):
-        with np.errstate(over="ignore"):
-            scaled = scaler.transform(part).astype(np.float32)
-        scaled[:, constant] = 0
-        if not np.isfinite(scaled).all():
-            raise CompareError(
-                f"{dataset.name}, seed {seed}: a feature of the {name} part lies too far from "
-                "the training rows for float32 after standardisation. Look for wild values."
-            )
-        prepared.append(np.ascontiguousarray(scaled.reshape(-1, *shape)))
-    return prepared
+        tables = [features.iloc[part] for part in rows]
+        return scale_columns(_encode_table(dataset.name, tables, seed))
+    arrays = [features[part] for part in rows]
+    return scale_columns(arrays) if features.ndim == 2 else scale_as_a_whole(arrays)
 
 
 def _encode_table(
@@ -254,7 +236,7 @@ def _encode_table(
 
 
 def _table_encoder(random_state: int) -> Pipeline:
-    """Numbers as they are, in float64; dates and text by skrub; gaps filled with the mean."""
+    """Numbers as they are, in float64; dates and text by skrub; gaps filled with the median."""
     # Half a second and 50 MB that array data need not pay in every process.
     from skrub import StringEncoder, TableVectorizer
 
@@ -263,10 +245,10 @@ def _table_encoder(random_state: int) -> Pipeline:
         low_cardinality=OneHotEncoder(
             sparse_output=False, dtype=np.float32, handle_unknown="ignore"
         ),
-        high_cardinality=StringEncoder(random_state=random_state),
+        high_cardinality=make_pipeline(StringEncoder(random_state=random_state), Components()),
     )
     columns = ColumnTransformer([
         ("numbers", "passthrough", make_column_selector(dtype_include="number")),
         ("dates and text", dates_and_text, make_column_selector(dtype_exclude="number")),
     ])  # fmt: skip
-    return make_pipeline(columns, SimpleImputer(add_indicator=True))
+    return make_pipeline(columns, SimpleImputer(strategy="median", add_indicator=True))

@@ -90,6 +90,7 @@ def claim(folder: Path, config: Config, dataset: Dataset) -> None:
             "fingerprint": dataset.fingerprint,
             "rows": len(dataset.target),
             "classes": list(dataset.classes),
+            "parts": sorted(dataset.official),
         },
     }
     path = folder / "comparison.json"
