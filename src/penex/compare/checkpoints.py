@@ -1,5 +1,6 @@
 """Trained networks again, from their checkpoints, with the rows they were tested on."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from penex.compare.networks import Normalise
 from penex.compare.registry import contender
 from penex.compare.robustness import Target
 from penex.compare.splits import Split, split
-from penex.compare.store import read_comparison, read_json, run_folder
+from penex.compare.store import checkpoint_file, read_comparison, read_json, run_folder
 
 Floats = NDArray[np.float64]
 
@@ -76,23 +77,22 @@ class Source:
 
     def target(self, spec: str, seed: int, epoch: str) -> Target:
         """The network of a run as an adversary meets it."""
-        model, scale = load_model(self, spec, seed, epoch)
-        attacked = _Attacked(model, scale, pixels=self.images)
+        attacked = _Attacked(*load_model(self, spec, seed, epoch), pixels=self.images)
         return Target(attacked, len(self.dataset.classes), (0.0, 1.0) if self.images else None)
 
 
-def load_model(source: Source, spec: str, seed: int, epoch: str) -> tuple[nn.Module, float]:
-    """The network of a run, in evaluation mode, and the scale of its logits for inference.
+def load_model(source: Source, spec: str, seed: int, epoch: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The network of a run, in evaluation mode, and the link of its loss.
 
     Args:
         source: The comparison.
         spec: The loss, as in the configuration.
         seed: Of the run.
-        epoch: "best" or "last".
+        epoch: A selection; see :data:`penex.compare.selection.SELECTIONS`.
 
     Returns:
         The network, from inputs as in training to logits as saved in logits.npz, on the GPU if
-        there is one; and the factor that makes these logits those of the probabilities.
+        there is one; and the function from these logits to log-probabilities.
 
     Raises:
         CompareError: There is no such run, or its checkpoint is damaged.
@@ -106,7 +106,11 @@ def load_model(source: Source, spec: str, seed: int, epoch: str) -> tuple[nn.Mod
     )
     with torch.random.fork_rng():  # fresh weights are drawn, and then replaced
         model, _ = architecture.build(source.split(seed).train[0], len(source.dataset.classes))
-    path = folder / f"{epoch}.ckpt"
+    record = read_json(folder / "run.json")
+    selected = record["epochs"].get(epoch)
+    if selected is None:
+        raise CompareError(f"{folder} has no network for the selection {epoch!r}: the run diverged")
+    path = checkpoint_file(folder, selected)
     try:
         weights = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
         model.load_state_dict(weights)
@@ -115,11 +119,13 @@ def load_model(source: Source, spec: str, seed: int, epoch: str) -> tuple[nn.Mod
             f"{path} is damaged, or of another network; remove {folder} and run the comparison "
             "again"
         ) from error
-    constrain = contender(spec).loss.constrain
+    loss = contender(spec).loss
+    constrain = loss.constrain
     if constrain is not None:
         model = nn.Sequential(model, _Function(constrain))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device), float(read_json(folder / "run.json")["scale"])
+    knob = math.nan if record["knob"] is None else record["knob"]
+    return model.eval().to(device), loss.link(knob, len(source.dataset.classes))
 
 
 def test_pictures(folder: Path, seed: int, rows: NDArray[np.intp]) -> list[NDArray[np.uint8]]:
@@ -216,14 +222,15 @@ class _Function(nn.Module):
 
 
 class _Attacked(nn.Module):
-    """From pixels in [0, 1], or features, to the logits of the probabilities."""
+    """From pixels in [0, 1], or features, to log-probabilities."""
 
-    def __init__(self, model: nn.Module, scale: float, *, pixels: bool) -> None:
+    def __init__(
+        self, model: nn.Module, link: Callable[[Tensor], Tensor], *, pixels: bool
+    ) -> None:
         super().__init__()
         self.first = Normalise() if pixels else nn.Identity()
         self.model = model
-        self.scale = scale
+        self.link = link
 
     def forward(self, input: Tensor) -> Tensor:
-        logits: Tensor = self.model(self.first(input))
-        return self.scale * logits
+        return self.link(self.model(self.first(input)))

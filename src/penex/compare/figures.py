@@ -19,21 +19,24 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
 from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 from penex.compare import plots
-from penex.compare.analysis import EPOCHS, curves, interval, summarize
+from penex.compare.analysis import curves, predictions, summarize
+from penex.compare.config import Config
 from penex.compare.errors import CompareError
 from penex.compare.plots import INK, STYLE, Evidence, Floats
 from penex.compare.registry import LOSSES, REFERENCE, contender
 from penex.compare.robustness import NORMS, read
+from penex.compare.selection import LAST, SELECTIONS
 from penex.compare.store import read_logits, run_folder
 from penex.metrics import METRICS
 
 FORMATS = ("png", "svg", "pdf")
 SAVED: Any = {"svg.fonttype": "path", "pdf.fonttype": 42, "axes.titlesize": 9.5}
 """On top of STYLE: a file of its own looks the same where its font is missing."""
-FILLED = {"best": True, "last": False}
+EPOCHS = {name: SELECTIONS[name] for name in ("nll", LAST)}
+"""The epochs that are drawn: of early stopping, and of the published protocol."""
+FILLED = {"nll": True, LAST: False}
 """Markers of the epochs."""
 PENEX = "penex"
 REGIONS = ("#d55e00", "#0072b2", "#009e73", "#c56fa0", "#b8860b", "#3a9bd1", "#aa4499", "#808000")
@@ -163,7 +166,8 @@ def gradient_norm(comparisons: Sequence[Comparison]) -> Figure:
             columns = [curves(one.folder, spec, run["seed"]) for run in one.finished(spec)]
             if any("gradient_norm" not in column for column in columns):
                 raise NothingToShowError("curve.csv has no column gradient_norm")
-            return interval([float(column["gradient_norm"].mean()) for column in columns])
+            norms = [float(column["gradient_norm"].mean()) for column in columns]
+            return {"mean": float(np.mean(norms)) if norms else None, "low": None, "high": None}
 
         _against_strength(axes, one, PENEX, norm, epochs={"": "Mean over training"})
         axes.set_yscale("log")
@@ -199,7 +203,7 @@ def calibration_strength(comparisons: Sequence[Comparison]) -> Figure:
 
 
 Value = Callable[[str, str], dict[str, Any]]
-"""Mean and half width of a loss at an epoch."""
+"""Mean and interval of a loss at an epoch."""
 
 
 def _test_metric(one: Comparison, metric: str, sign: int = 1) -> Value:
@@ -207,12 +211,11 @@ def _test_metric(one: Comparison, metric: str, sign: int = 1) -> Value:
     factor = sign * (100 if METRICS[metric].percent else 1)
 
     def value(spec: str, epoch: str) -> dict[str, Any]:
-        cell = one.results["summary"][epoch]["raw"][metric][spec]
-        mean, half = cell["mean"], cell["half_width"]
-        return {
-            "mean": None if mean is None else factor * mean,
-            "half_width": None if half is None else abs(factor) * half,
-        }
+        cell = one.results["summary"][epoch]["link"][metric][spec]
+        scaled = {n: None if cell[n] is None else factor * cell[n] for n in ("mean", "low", "high")}
+        if factor < 0:
+            scaled["low"], scaled["high"] = scaled["high"], scaled["low"]
+        return scaled
 
     return value
 
@@ -257,7 +260,7 @@ def _against_strength(
         axes.errorbar(
             list(known),
             [cell["mean"] for cell in known.values()],
-            yerr=[cell["half_width"] or 0 for cell in known.values()],
+            yerr=np.transpose([plots.half_widths(cell) for cell in known.values()]),
             fmt="o-" if filled else "o:",
             color=colour,
             mfc=colour if filled else "white",
@@ -283,7 +286,7 @@ def _against_strength(
 
 @_named("error-histogram")
 def error_histogram(comparisons: Sequence[Comparison]) -> Figure:
-    """How many test rows have which error 1 − p(label), at the best epoch, of all seeds."""
+    """How many test rows have which error 1 − p(label), at the selected epoch, of all seeds."""
     figure, panels = _panels(len(comparisons))
     for one, axes in _filled(comparisons, panels):
         for evidence in one.evidence:
@@ -309,7 +312,7 @@ def error_histogram(comparisons: Sequence[Comparison]) -> Figure:
 
 @_named("reliability")
 def reliability(comparisons: Sequence[Comparison]) -> Figure:
-    """Accuracy against confidence of every loss at the best epoch, of all seeds together."""
+    """Accuracy against confidence of every loss at the selected epoch, of all seeds together."""
     shown = [[each for each in one.evidence if each.diagrams] for one in comparisons]
     if not any(shown):
         raise NothingToShowError("every run diverged")
@@ -326,7 +329,7 @@ def reliability(comparisons: Sequence[Comparison]) -> Figure:
                 axes.set_axis_off()
                 continue
             plots.diagram(axes, found[column])
-            error = one.results["summary"]["best"]["raw"]["ece"][found[column].spec]["mean"]
+            error = one.results["summary"][one.results["config"]["select"]]["link"]["ece"][found[column].spec]["mean"]
             axes.set_title(f"{found[column].label}\n{one.name}, ECE {error:.3f}", loc="left")
             if column:
                 axes.set_ylabel("")
@@ -335,7 +338,7 @@ def reliability(comparisons: Sequence[Comparison]) -> Figure:
 
 @_named("margins")
 def margins(comparisons: Sequence[Comparison]) -> Figure:
-    """The share of test rows with at most a margin, at the best epoch, of all seeds together.
+    """The share of test rows with at most a margin, at the selected epoch, of all seeds together.
 
     Margins are those of log-probabilities, so that losses are compared on one scale.
     """
@@ -349,7 +352,7 @@ def margins(comparisons: Sequence[Comparison]) -> Figure:
 
 @_named("qualitative")
 def qualitative(comparisons: Sequence[Comparison]) -> Figure:
-    """The largest probabilities that each loss gives to a few test rows, at seed 0, best epoch.
+    """The largest probabilities that each loss gives to a few test rows, at seed 0, selected epoch.
 
     The rows are those at evenly spaced ranks of difficulty, the mean of p(label) over the losses,
     so none is picked by hand. Pictures are shown where the data can be read and are pictures.
@@ -396,11 +399,13 @@ def _probabilities(
     values, target = [], np.empty(0, np.int64)
     for each in found:
         run = next((run for run in one.finished(each.spec) if run["seed"] == 0), None)
-        if run is None or run["test"]["best"]["raw"] is None:
-            raise NothingToShowError(f"{each.label} has no finite run at seed 0 in {one.folder}")
+        config = Config(**one.results["config"])
         saved = read_logits(run_folder(one.folder, each.spec, 0))
-        target = saved["test_target"]
-        values.append(softmax(run["scale"] * saved["test_best"].astype(np.float64), axis=1))
+        known = None if run is None else predictions(config, run, saved, config.select)
+        if known is None:
+            raise NothingToShowError(f"{each.label} has no finite run at seed 0 in {one.folder}")
+        target = known.target
+        values.append(np.exp(known.test))
     return target, values
 
 
@@ -474,7 +479,7 @@ def robustness(comparisons: Sequence[Comparison]) -> Figure:
         for axes, norm in zip(row, NORMS, strict=True):
             plots.robust(axes, one.evidence, records, norm)
             axes.set_title(one.name, loc="left")
-    for fmt, face, title in (("o-", "#888888", EPOCHS["best"]), ("o:", "white", EPOCHS["last"])):
+    for fmt, face, title in (("o-", "#888888", "Selected epoch"), ("o:", "white", EPOCHS[LAST])):
         panels[0, 0].plot([], [], fmt, color="#888888", mfc=face, label=title)
     _legend(figure, panels.flat)
     return figure
@@ -482,16 +487,13 @@ def robustness(comparisons: Sequence[Comparison]) -> Figure:
 
 @_named("runtime")
 def runtime(comparisons: Sequence[Comparison]) -> Figure:
-    """Time of the training part of an epoch, with intervals over seeds."""
+    """Time of the training part of an epoch, each loss measured alone."""
     figure, panels = _panels(len(comparisons))
     for one, axes in _filled(comparisons, panels):
         for place, each in enumerate(one.evidence):
-            loss = next(loss for loss in one.results["losses"] if loss["spec"] == each.spec)
-            cell = loss["seconds_per_epoch"]
-            axes.barh(place, 1000 * cell["mean"], color=each.colour, height=0.5)
-            if cell["half_width"]:
-                half = 1000 * cell["half_width"]
-                axes.errorbar(1000 * cell["mean"], place, xerr=half, color="#888888", capsize=2)
+            seconds = one.results["seconds_per_epoch"].get(each.spec)
+            if seconds is not None:
+                axes.barh(place, 1000 * seconds, color=each.colour, height=0.5)
         axes.set_yticks(range(len(one.evidence)), [each.label for each in one.evidence])
         axes.invert_yaxis()
         axes.set_axisbelow(True)

@@ -7,7 +7,7 @@ of an HTML page, and `overview` a picture file of its own.
 import html
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +18,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
-from scipy.special import softmax
 
-from penex.compare.analysis import EPOCHS, curves, summarize
+from penex.compare.analysis import curves, predictions, summarize
+from penex.compare.config import Config
 from penex.compare.errors import CompareError
 from penex.compare.registry import LOSSES, REFERENCE, contender
 from penex.compare.robustness import NORMS, summary
+from penex.compare.selection import LAST, SELECTIONS
 from penex.compare.store import read_logits, run_folder
 from penex.metrics import Reliability, margins, reliability
 
@@ -65,11 +66,11 @@ class Evidence:
         colour: In hexadecimal.
         dashes: Lengths of dashes and gaps in line widths; empty for a solid line.
         curves: The columns of curve.csv by name, each (runs, epochs), NaN where not finite.
-        best: (epoch, validation NLL) of the runs' best validation epochs.
-        diagrams: Reliability on test at the best epochs, "raw" and "scaled", pooled over the runs
-            whose logits are finite; empty if there is none.
-        margins: (N,) margins of the same rows as trained, sorted.
-        errors: (N,) 1 - p(label) of the same rows as trained, sorted.
+        selected: (epoch, validation NLL) of the runs' selected epochs.
+        diagrams: Reliability on test at the selected epochs, "link" and "scaled", pooled over the
+            runs whose logits are finite; empty if there is none.
+        margins: (N,) margins of the same rows by the link's probabilities, sorted.
+        errors: (N,) 1 - p(label) of the same rows by the link's probabilities, sorted.
     """
 
     spec: str
@@ -77,7 +78,7 @@ class Evidence:
     colour: str
     dashes: tuple[float, ...]
     curves: dict[str, Floats]
-    best: list[tuple[int, float]]
+    selected: list[tuple[int, float]]
     diagrams: dict[str, Reliability]
     margins: Floats
     errors: Floats
@@ -130,17 +131,20 @@ def gather(folder: Path, results: dict[str, Any]) -> list[Evidence]:
     """
     found = []
     look = looks(loss["spec"] for loss in results["losses"])
+    config = Config(**results["config"])
     for loss in results["losses"]:
         runs = [run for run in results["runs"] if run["loss"] == loss["spec"]]
         if runs:
             read = [_curve(folder, run, results["config"]["epochs"]) for run in runs]
             columns = {name: np.stack([curve[name] for curve in read]) for name in CURVES}
-            best = [(run["best_epoch"], run["validation_nll"]) for run in runs if run["best_epoch"]]
-            style, (diagrams, margin, error) = look[loss["spec"]], _tested(folder, runs)
+            selected = [
+                (run["epochs"][config.select], run["validation"][config.select]["nll"])
+                for run in runs
+                if run["validation"].get(config.select)
+            ]
+            style, tested = look[loss["spec"]], _tested(folder, config, runs)
             found.append(
-                Evidence(
-                    loss["spec"], loss["label"], *style, columns, best, diagrams, margin, error
-                )
+                Evidence(loss["spec"], loss["label"], *style, columns, selected, *tested)
             )
     return found
 
@@ -157,19 +161,19 @@ def _curve(folder: Path, run: dict[str, Any], epochs: int) -> dict[str, Floats]:
 
 
 def _tested(
-    folder: Path, runs: Sequence[dict[str, Any]]
+    folder: Path, config: Config, runs: Sequence[dict[str, Any]]
 ) -> tuple[dict[str, Reliability], Floats, Floats]:
-    raw, scaled, pooled, errors = [], [], [np.empty(0)], [np.empty(0)]
+    link, scaled, pooled, errors = [], [], [np.empty(0)], [np.empty(0)]
     for run in runs:
-        if run["test"]["best"]["raw"] is not None:
-            saved = read_logits(run_folder(folder, run["loss"], run["seed"]))
-            logits = run["scale"] * saved["test_best"].astype(np.float64)
-            target = saved["test_target"]
-            raw.append(reliability(logits, target))
-            scaled.append(reliability(logits / run["temperature"]["best"], target))
-            pooled.append(margins(logits, target))
-            errors.append(1 - softmax(logits, axis=1)[np.arange(len(target)), target])
-    diagrams = {"raw": _pool(raw), "scaled": _pool(scaled)} if raw else {}
+        saved = read_logits(run_folder(folder, run["loss"], run["seed"]))
+        found = predictions(config, run, saved, config.select)
+        if found is not None:
+            target = found.target
+            link.append(reliability(found.scaled("link"), target))
+            scaled.append(reliability(found.scaled("scaled"), target))
+            pooled.append(margins(found.test, target))
+            errors.append(1 - np.exp(found.test)[np.arange(len(target)), target])
+    diagrams = {"link": _pool(link), "scaled": _pool(scaled)} if link else {}
     return diagrams, np.sort(np.concatenate(pooled)), np.sort(np.concatenate(errors))
 
 
@@ -190,7 +194,7 @@ def _thinned(n: int) -> NDArray[np.intp]:
 def learning(axes: Axes, evidence: Sequence[Evidence], column: str) -> None:
     """A column of curve.csv by epoch: the mean over runs, and every run in a thin line.
 
-    A mean line ends where a run stopped being finite. Dots are the runs' best validation epochs.
+    A mean line ends where a run stopped being finite. Dots are the runs' selected epochs.
     """
     is_nll = column.endswith("nll")
     for one in evidence:
@@ -198,8 +202,8 @@ def learning(axes: Axes, evidence: Sequence[Evidence], column: str) -> None:
         values = (1 if is_nll else 100) * one.curves[column][:, index]
         axes.plot(index + 1, values.T, color=one.colour, linewidth=0.5, alpha=0.4)
         axes.plot(index + 1, values.mean(axis=0), **one.line, linewidth=1.6, label=one.label)
-        if column == "validation_nll" and one.best:
-            axes.plot(*zip(*one.best, strict=True), "o", color=one.colour, markersize=3, alpha=0.8)
+        if column == "validation_nll" and one.selected:
+            axes.plot(*zip(*one.selected, strict=True), "o", color=one.colour, markersize=3, alpha=0.8)
     if is_nll:
         logarithmic(axes, np.concatenate([one.curves[column].ravel() for one in evidence]))
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
@@ -221,7 +225,7 @@ def diagram(axes: Axes, one: Evidence) -> None:
     """Accuracy against confidence by bin, the area of a disc growing with the samples in it."""
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.5)
     for scaling, face, edge, line in (
-        ("raw", one.colour, one.colour, "-"),
+        ("link", one.colour, one.colour, "-"),
         ("scaled", "none", INK, ":"),
     ):
         bins = one.diagrams[scaling]
@@ -254,7 +258,7 @@ def distribution(axes: Axes, evidence: Sequence[Evidence]) -> None:
 def robust(
     axes: Axes, evidence: Sequence[Evidence], records: Sequence[dict[str, Any]], norm: str
 ) -> None:
-    """Accuracy by radius under attack with intervals over seeds; solid: best epoch, dotted: last.
+    """Accuracy by radius under attack with intervals over seeds; solid: selected epoch, dotted: last.
 
     Args:
         axes: Where to draw.
@@ -266,12 +270,13 @@ def robust(
     in_255 = pixels and norm == "linf"
     unit = (1 / 255, " in 1/255 of the range of pixels") if in_255 else (1, "")
     for one in evidence:
-        for epoch, face, line in (("best", one.colour, "-"), ("last", "white", ":")):
+        for epoch in dict.fromkeys(record["epoch"] for record in records):
+            face, line = ("white", ":") if epoch == LAST else (one.colour, "-")
             cells = summary(records, one.spec, epoch, norm)
             axes.errorbar(
                 [radius / unit[0] for radius in cells],
                 [100 * cell["mean"] for cell in cells.values()],
-                yerr=[100 * (cell["half_width"] or 0) for cell in cells.values()],
+                yerr=100 * np.transpose([half_widths(cell) for cell in cells.values()]),
                 fmt="o",
                 linestyle=line,
                 color=one.colour,
@@ -279,7 +284,7 @@ def robust(
                 markersize=4,
                 linewidth=1.4,
                 elinewidth=0.7,
-                label=one.label if epoch == "best" else None,
+                label=None if epoch == LAST else one.label,
             )
     radii = sorted(
         {0.0, *(record["radius"] / unit[0] for record in records if record["norm"] == norm)}
@@ -292,19 +297,27 @@ def robust(
 def differences(axes: Axes, results: dict[str, Any], evidence: Sequence[Evidence]) -> None:
     """Paired differences in test NLL to the reference with their intervals over seeds."""
     others = [one for one in evidence if one.spec != REFERENCE]
-    for (epoch, name), below, face in zip(
-        EPOCHS.items(), (-0.13, 0.13), (None, "white"), strict=True
-    ):
+    shown = (("refined", "scaled", None), ("nll", "link", "white"), (LAST, "link", "#888888"))
+    for (epoch, scaling, face), below in zip(shown, (-0.22, 0, 0.22), strict=True):
         for row, one in enumerate(others):
-            found = results["summary"][epoch]["raw"]["nll"][one.spec]["difference"]
+            found = results["summary"][epoch][scaling]["nll"][one.spec]["difference"]
             if found is not None:
                 look: Any = {"fmt": "o", "color": one.colour, "mfc": face or one.colour}
-                axes.errorbar(found["mean"], row + below, xerr=found["half_width"], **look)
+                error = np.transpose([half_widths(found)])
+                axes.errorbar(found["mean"], row + below, xerr=error, **look)
+        name = SELECTIONS[epoch] + (", scaled" if scaling == "scaled" else "")
         axes.plot([], [], "o", color=INK, mfc=face or INK, label=name)
     axes.axvline(0, color=INK, linewidth=0.8, alpha=0.5)
     axes.set_yticks(range(len(others)), [one.label for one in others])
     axes.set(xlabel="Test NLL less that of cross-entropy, 95 % interval")
     axes.set_ylim(len(others) - 0.5, -0.5)
+
+
+def half_widths(cell: Mapping[str, Any]) -> tuple[float, float]:
+    """How far an interval reaches below and above its mean; 0 where there is none."""
+    if cell["low"] is None:
+        return 0.0, 0.0
+    return cell["mean"] - cell["low"], cell["high"] - cell["mean"]
 
 
 def plain(text: str) -> str:
@@ -352,5 +365,5 @@ def overview(folder: Path, path: Path) -> None:
         left.set_ylabel("Validation NLL")
         left.legend()
         differences(right, results, evidence)
-        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
         figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -21,7 +21,7 @@ zero, and these attacks then find less. A network is not more robust for it; the
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import product
@@ -32,8 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penex._extras import need
-from penex.compare.analysis import EPOCHS, interval
 from penex.compare.errors import CompareError
+from penex.compare.selection import LAST, SELECTIONS
+from penex.compare.statistics import resplit_interval
 from penex.compare.store import lock, read_comparison, read_json, room, run_folder, write_json
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def attack(
     steps: Mapping[str, int] = STEPS,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Attack the best and last checkpoint of every finished run, and write robustness.json.
+    """Attack the selected and the last epoch of every finished run, and write robustness.json.
 
     What it holds already is not attacked again, so the same call continues.
 
@@ -126,7 +127,7 @@ def attack(
                 "remove it"
             )
         known = {(r["loss"], r["seed"], r["epoch"], r["norm"], r["radius"]) for r in records}
-        for (spec, seed), epoch in product(runs, EPOCHS):
+        for (spec, seed), epoch in product(runs, dict.fromkeys((config.select, LAST))):
             wanted = {
                 norm: [r for r in sorted(each) if (spec, seed, epoch, norm, r) not in known]
                 for norm, each in radii.items()
@@ -141,11 +142,11 @@ def attack(
                 ):
                     about = {"loss": spec, "seed": seed, "epoch": epoch}
                     within = {"norm": norm, "radius": radius, "box": target.box is not None}
-                    count = {"asked": rows, "rows": len(y)}
+                    count = {"asked": rows, "rows": len(y), "test_share": config.test_size}
                     records.append({**about, **within, **count, "accuracy": left})
             write_json(folder / FILE, records)
             say(
-                f"{spec}, seed {seed}, {EPOCHS[epoch].lower()}: {_line(records, spec, seed, epoch)}"
+                f"{spec}, seed {seed}, {SELECTIONS[epoch].lower()}: {_line(records, spec, seed, epoch)}"
             )
 
 
@@ -184,14 +185,21 @@ def final(record: dict[str, Any]) -> float:
 def summary(
     records: Sequence[dict[str, Any]], spec: str, epoch: str, norm: str
 ) -> dict[float, dict[str, Any]]:
-    """Intervals over seeds of the accuracy (a share) of a loss by radius, 0 for no attack."""
+    """Accuracy (a share) of a loss by radius, 0 for no attack: its mean over seeds with the corrected
+    interval of :func:`penex.compare.statistics.resplit_interval`.
+    """
     own = [r for r in records if (r["loss"], r["epoch"], r["norm"]) == (spec, epoch, norm)]
     found: dict[float, list[float]] = {}
     for record in own:
         found.setdefault(record["radius"], []).append(final(record))
     clean = {record["seed"]: record["accuracy"]["clean"] for record in own}
     found |= {0.0: list(clean.values())} if clean else {}
-    return {radius: interval(found[radius]) for radius in sorted(found)}
+    return {
+        radius: asdict(
+            resplit_interval(found[radius], test_share=own[0]["test_share"], bounds=(0.0, 1.0))
+        )
+        for radius in sorted(found)
+    }
 
 
 def accuracies(

@@ -249,8 +249,7 @@ def radius_name(radius: float) -> str:
 def _share(cell: dict[str, Any] | None) -> str:
     if cell is None or cell["mean"] is None:
         return "–"
-    half = "" if cell["half_width"] is None else f"±{100 * cell['half_width']:.1f}"
-    return f"{100 * cell['mean']:.1f}{half}"
+    return _with_interval(METRICS["accuracy"], cell)
 
 
 _STYLES = {1: "green", 0: "", -1: "red"}
