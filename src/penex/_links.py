@@ -89,8 +89,8 @@ def focal(logits: Tensor, gamma: float, dim: int) -> Tensor:
     r"""Focal loss, :math:`q \propto p / ((1-p)^\gamma - \gamma (1-p)^{\gamma-1} p \log p)`.
 
     Source: Charoenphakdee et al., "On Focal Loss for Class-Posterior Probability Estimation: A
-    Theoretical Perspective", CVPR 2021, arXiv 2011.09172. The denominator is :math:`-p` times the derivative of
-    the focal term :math:`-(1-p)^\gamma \log p`, which is convex in p for every
+    Theoretical Perspective", CVPR 2021, arXiv 2011.09172. The denominator is :math:`-p` times the
+    derivative of the focal term :math:`-(1-p)^\gamma \log p`, which is convex in p for every
     :math:`\gamma \ge 0` (derived), so the link is increasing in p.
     """
     if gamma == 0:
