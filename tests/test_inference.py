@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from penex import PENEX
-from penex.inference import Calibrated, fold_temperature, predict_log_proba, predict_proba
+from penex.inference import Calibrated, fold_temperature, link, predict_log_proba, predict_proba
+from penex.losses import ConfidencePenaltyLoss, FocalLoss
 
 ALPHA = 0.4
 
@@ -117,7 +118,46 @@ def test_calibrated_is_exported() -> None:
     torch.testing.assert_close(program.module()(x), calibrated(x))
 
 
+CRITERIA = {
+    "focal": FocalLoss(2.0, label_smoothing=0.1),
+    "confidence penalty": ConfidencePenaltyLoss(0.5),
+    "penex": PENEX(sensitivity=ALPHA, huberization=2.0),
+    "cross-entropy": nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.2),
+}
+each_criterion = pytest.mark.parametrize("criterion", CRITERIA.values(), ids=CRITERIA)
+
+
+@each_criterion
+def test_calibrated_takes_a_criterion(criterion: nn.Module) -> None:
+    model, x = mlp(), torch.randn(4, 6)
+    calibrated = Calibrated(model, criterion)
+    expected = link(criterion)(model(x)).exp()
+    torch.testing.assert_close(calibrated(x), expected)
+    torch.testing.assert_close(copy.deepcopy(calibrated)(x), expected)
+    program = torch.export.export(
+        calibrated.eval(),
+        (torch.randn(4, 6),),
+        dynamic_shapes={"args": ({0: torch.export.Dim("batch")},)},
+    )
+    torch.testing.assert_close(program.module()(x[:3]), expected[:3])
+    # The probabilities are rounded to half precision, not their logarithms.
+    rare = Calibrated(nn.Identity(), criterion)(torch.tensor([[4.0, -3.0, 0.0]]).half())
+    exact = link(criterion)(torch.tensor([[4.0, -3.0, 0.0]])).exp()
+    torch.testing.assert_close(rare, exact.half(), rtol=0, atol=0)
+
+
+def test_a_copy_of_calibrated_has_weights_of_its_own() -> None:
+    criterion = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.2)
+    calibrated, x = Calibrated(mlp(), criterion), torch.randn(4, 6)
+    twin, before = copy.deepcopy(calibrated), calibrated(x)
+    twin.criterion.weight.fill_(1.0)
+    assert not torch.allclose(twin(x), before)
+    assert torch.equal(calibrated(x), before)
+
+
 def test_calibrated_refuses() -> None:
+    with pytest.raises(TypeError, match=r"criterion: expected .* got NLLLoss"):
+        Calibrated(mlp(), nn.NLLLoss())
     with pytest.raises(ValueError, match=r"sensitivity: expected .* got 0"):
         Calibrated(mlp(), 0.0)
     with pytest.raises(ValueError, match=r"model: its layer '2' has been folded"):
@@ -343,6 +383,8 @@ def test_folding_refuses_a_bad_sensitivity() -> None:
     for value in (0.0, -0.5, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"sensitivity: expected"):
             fold_temperature(model, value)
+    with pytest.raises(TypeError, match=r"got FocalLoss, for which Calibrated"):
+        fold_temperature(model, FocalLoss())
     fold_temperature(model, 0.1)  # and none of them left a mark
 
 

@@ -241,6 +241,25 @@ def test_predictions_are_calibrated_and_evaluation_leaves_no_trace(
     assert torch.equal(trainer.criterion.penalty, penalty)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [({"label_smoothing_factor": 0.2}, {}), ({}, {"huberization": 0.5})],
+    ids=["label smoothing", "huberization"],
+)
+def test_probabilities_are_those_of_the_criterion(
+    arguments: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    data, model = Rows("sequence", 5), make_model()
+    trainer = PENEXTrainer(model, make_args(tmp_path, **arguments), sensitivity=0.5, **options)
+    found = torch.from_numpy(trainer.predict(data).predictions).softmax(-1)
+    with torch.no_grad():
+        logits = model.eval()(data.inputs).logits
+    torch.testing.assert_close(found, trainer.criterion.predict_proba(logits))
+    assert not torch.allclose(found, (1.5 * logits).softmax(-1), rtol=1e-3)
+    with pytest.raises(ValueError, match=r"expected none, as only the link of plain PENEX"):
+        trainer.save_folded(tmp_path / "folded")
+
+
 def test_only_the_logits_are_calibrated(tmp_path: Path) -> None:
     data = Rows("sequence", 5)
     model = make_model(output_hidden_states=True)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from penex.inference import Calibrated, fold_temperature, predict_proba
+from penex import PENEX
+from penex.inference import Calibrated, fold_temperature, link, predict_proba
+from penex.losses import ConfidencePenaltyLoss, FocalLoss
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
@@ -65,6 +67,31 @@ def test_calibrated(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> N
             assert served.shape == expected.shape
             assert (served - expected).abs().max() < TOLERANCE
         assert (model(x).softmax(1) - expected).abs().max() > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        FocalLoss(2.0, label_smoothing=0.1),
+        ConfidencePenaltyLoss(0.5),
+        PENEX(sensitivity=ALPHA, huberization=2.0),
+        nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.2),
+    ],
+    ids=lambda criterion: type(criterion).__name__,
+)
+@torch.no_grad()
+def test_calibrated_with_the_link_of_a_criterion(criterion: nn.Module) -> None:
+    model = nn.Identity()
+    exported = torch.onnx.export(
+        Calibrated(model, criterion).eval(),
+        (torch.randn(2, 3),),
+        dynamic_shapes={"args": ({0: torch.export.Dim("batch")},)},
+        dynamo=True,
+        verbose=False,
+    )
+    x = torch.cat([5 * torch.randn(50, 3), torch.tensor([[1e4, 0, -1e4], [20, 0, 1], [0, 0, 0]])])
+    expected = link(criterion)(x.double()).exp()
+    assert (run(exported, x) - expected).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize(("build", "shape"), MODELS)

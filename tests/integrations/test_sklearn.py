@@ -17,6 +17,7 @@ import pytest
 import scipy.sparse
 import torch
 from scipy.special import softmax
+from scipy.stats import entropy
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_breast_cancer, load_digits, make_classification
@@ -121,12 +122,13 @@ def groups() -> tuple[Any, Any, Any]:
         ({"class_weight": {0: 1, 1: 5, 2: 0.5}}, lambda n: n * [1, 5, 0.5]),
         ({"class_weight": "balanced", "sensitivity": 0.4}, lambda n: n / n.sum(0)),
         ({"loss": "cross-entropy"}, lambda n: n),
+        ({"loss": "label-smoothing", "loss_strength": 0.3}, lambda n: n),
         (
-            {"loss": "label-smoothing", "loss_strength": 0.3},
-            lambda n: 0.7 * n + 0.1 * n.sum(1, keepdims=True),
+            {"loss": "label-smoothing", "class_weight": {0: 1, 1: 5, 2: 0.5}},
+            lambda n: n * [1, 5, 0.5],
         ),
-        ({"loss": "focal", "loss_strength": 0.0}, lambda n: n),
-        ({"loss": "confidence-penalty", "loss_strength": 0.0}, lambda n: n),
+        ({"loss": "focal", "loss_strength": 2.0}, lambda n: n),
+        ({"loss": "confidence-penalty", "loss_strength": 0.5}, lambda n: n),
     ],
 )
 def test_probabilities_are_the_frequencies(options: dict[str, Any], expected: Any) -> None:
@@ -164,9 +166,17 @@ def test_probabilities_are_those_of_the_logits(loss: str, classes: int) -> None:
     X, y = data(classes)
     classifier = quick(loss=loss, sensitivity=0.7).fit(X, y)
     with torch.no_grad():
-        logits = classifier.model_(torch.tensor(X)).numpy() * (1.7 if loss == "penex" else 1.0)
+        logits = classifier.model_(torch.tensor(X)).numpy()
     probabilities = classifier.predict_proba(X)
-    np.testing.assert_allclose(probabilities, softmax(logits, 1), rtol=1e-12)
+    p = softmax(logits * (1.7 if loss == "penex" else 1.0), 1)
+    expected = {
+        "label-smoothing": p - 0.1 / classes,
+        "confidence-penalty": p * (1 + 0.1 * (np.log(p) + entropy(p, axis=1, keepdims=True))),
+        "focal": p / ((1 - p) ** 2 - 2 * (1 - p) * p * np.log(p)),
+    }.get(loss, p)
+    assert (expected > 0.01 * p).all()  # so far from the logits' extremes no link is cut off
+    expected = expected / expected.sum(1, keepdims=True)
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-12)
     np.testing.assert_allclose(np.exp(classifier.predict_log_proba(X)), probabilities, rtol=1e-12)
     np.testing.assert_array_equal(classifier.predict(X), probabilities.argmax(1))
     decision = classifier.decision_function(X)
@@ -588,7 +598,7 @@ def test_grid_search_over_losses() -> None:
     search = GridSearchCV(pipeline, grid, scoring="neg_log_loss", cv=2).fit(X, y)
     scores = search.cv_results_["mean_test_score"]
     assert len(set(scores)) == 6  # every point is another model
-    assert search.best_estimator_.score(X, y) > 0.7
+    assert search.best_estimator_.score(X, y) > 0.6
 
 
 def test_calibrated_classifier() -> None:

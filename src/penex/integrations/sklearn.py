@@ -45,8 +45,9 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     r"""A multi-layer perceptron, or a network of your own, trained with PENEX.
 
     Its probabilities are those of the loss, :math:`\operatorname{softmax}((1+\alpha) f)` for PENEX
-    and :func:`penex.inference.link` for the others. Names and defaults are those of :class:`sklearn.neural_network.MLPClassifier`
-    where it has them; ReLU between the layers, and AdamW trains.
+    and :func:`penex.inference.link` for the others. Names and defaults are those of
+    :class:`sklearn.neural_network.MLPClassifier` where it has them; ReLU between the layers, and
+    AdamW trains.
 
     Inputs are taken as they are. Networks want features of one scale, so put a
     :class:`~sklearn.preprocessing.StandardScaler` before this in a pipeline. float32 is computed in
@@ -267,7 +268,8 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: Any) -> NDArray[Any]:
         """The most probable labels, shape (N)."""
-        labels: NDArray[Any] = self.classes_[self._log_proba(X).argmax(1).numpy()]
+        log_proba = self._log_proba(X)
+        labels: NDArray[Any] = self.classes_[log_proba.argmax(1).numpy()]
         return labels
 
     def predict_proba(self, X: Any) -> NDArray[Any]:
