@@ -160,7 +160,7 @@ def test_steps_by_hand() -> None:
     # 200 rows are 25 batches and 13 steps an epoch; 3 runs and 10 trials of 5 losses.
     assert facts.steps("bbc-news", config) == 13 * 200 * 5 * 13
     config = preset("cifar100").configs(seeds=1, epochs=7)["cifar100"]
-    assert preset("cifar100").steps("cifar100", config) == 7 * 5 * math.ceil(40_000 / 64)
+    assert preset("cifar100").steps("cifar100", config) == 7 * 6 * math.ceil(40_000 / 64)
 
 
 def test_overrides_are_for_all_experiments() -> None:

@@ -1,5 +1,6 @@
 """One run: what it computes, that it can be stopped anywhere, and that sharing changes nothing."""
 
+import functools
 import math
 import os
 import signal
@@ -100,12 +101,10 @@ def by_hand(config: Config, dataset: Dataset, criterion: nn.Module) -> dict[str,
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
     optimizer = {
-        "adam": lambda p: torch.optim.Adam(p, config.lr, weight_decay=config.weight_decay),
-        "adamw": lambda p: torch.optim.AdamW(p, config.lr, weight_decay=config.weight_decay),
-        "sgd": lambda p: torch.optim.SGD(
-            p, config.lr, momentum=0.9, weight_decay=config.weight_decay
-        ),
-    }[config.optimizer](model.parameters())
+        "adam": functools.partial(torch.optim.Adam, fused=True),
+        "adamw": functools.partial(torch.optim.AdamW, fused=True),
+        "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    }[config.optimizer](model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     size = config.batch_size * config.accumulate
     steps = math.ceil(len(target) / size)
     warm, rest = config.warmup_epochs * steps, (config.epochs - config.warmup_epochs) * steps

@@ -33,7 +33,7 @@ from penex.metrics import (
     evaluate,
     fit_temperature,
     majority_baseline,
-    per_row,
+    row_values,
 )
 
 SCALINGS = {
@@ -43,6 +43,9 @@ SCALINGS = {
 }
 """What probabilities are made of logits, with their titles in reports."""
 LEVEL = 0.95
+PRINTED_STEP = 0.001
+"""The last digit of a metric as tables print it, of shares too: 0.1 %."""
+FLOOR_DRAWS = 50
 SCHEMA = 2
 GROUPS = 10
 """Into so many groups test rows are divided for the interval of a metric that is no mean."""
@@ -203,7 +206,7 @@ def _run(folder: Path, config: Config, spec: str, seed: int) -> _Run:
         for scaling in SCALINGS:
             logits = found.scaled(scaling)
             record["test"][selection][scaling] = _finite(evaluate(logits, found.target))
-            run.rows[selection, scaling] = per_row(logits, found.target)
+            run.rows[selection, scaling] = row_values(logits, found.target)
     _examine(run, config, saved)
     return run
 
@@ -213,7 +216,7 @@ def _examine(run: _Run, config: Config, saved: Mapping[str, NDArray[Any]]) -> No
     found = predictions(config, run.record, saved, config.select)
     if found is None:
         return
-    run.record["floor"] = calibration_floor(found.test, found.target)
+    run.record["floor"] = calibration_floor(found.test, found.target, draws=FLOOR_DRAWS)
     losses = np.sort(run.rows[config.select, "link"]["nll"])[::-1]
     few = max(1, len(losses) // 100)
     run.record["extreme_rows"] = {
@@ -314,7 +317,8 @@ def _column(
 
     def compare(first: str, second: str) -> Estimate:
         found = design.estimate([first, second], selection, scaling, metric)
-        assert found is not None  # only losses with a value at every seed are compared
+        if found is None:
+            raise ValueError(f"no value of {first} and {second}")
         return found
 
     values = {spec: design.values(spec, selection, scaling, metric) for spec in design.losses}
@@ -325,7 +329,7 @@ def _column(
         reference=REFERENCE,
         higher_is_better=facts.higher_is_better,
         smallest_difference=_smallest(design.config, metric, values),
-        printed_step=facts.step,
+        printed_step=PRINTED_STEP,
         level=LEVEL,
     )
     column: dict[str, Any] = {}
@@ -397,8 +401,9 @@ def _baseline(folder: Path, design: _Design) -> dict[str, float | None]:
     found = []
     for seed in [seed for s, seed in design.runs if s == spec]:
         target = read_logits(run_folder(folder, spec, seed))["test_target"]
-        counts = np.array(design.runs[spec, seed].record["class_counts"])
-        found.append(majority_baseline(counts, target))
+        counts = design.runs[spec, seed].record["class_counts"]
+        labels = np.repeat(np.arange(len(counts)), counts)
+        found.append(majority_baseline(labels, target, len(counts)))
     means = {name: float(np.mean([each[name] for each in found])) for name in METRICS}
     return _finite(means)
 

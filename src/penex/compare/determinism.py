@@ -20,6 +20,7 @@ def deterministic() -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     mode = torch.get_deterministic_debug_mode()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     lightning = logging.getLogger("lightning.fabric")
     level = lightning.level
@@ -30,6 +31,8 @@ def deterministic() -> Iterator[None]:
         try:
             torch.set_num_threads(1)
             torch.set_deterministic_debug_mode("error")
+            # Or every new tensor would be filled before it is written to.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             lightning.setLevel(logging.ERROR)
             warnings.filterwarnings("ignore", module=r"lightning\..*")
@@ -37,6 +40,7 @@ def deterministic() -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
             torch.set_deterministic_debug_mode(mode)
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
             if workspace is None:
                 os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
             lightning.setLevel(level)

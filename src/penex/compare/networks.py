@@ -55,7 +55,8 @@ class ConvNet(nn.Module):
         channels, height, width = shape
         widths = [channels, 32, 64, 128]
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+            # The same as ReLU before pooling, on a quarter of the values.
+            nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.MaxPool2d(2), nn.ReLU())
             for before, after in pairwise(widths)
         )
         self.top = nn.Sequential(
@@ -70,7 +71,9 @@ class ConvNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        images = _with_channels(images)
+        # Channels last take two thirds of the time on a CPU. contiguous() would do nothing for the
+        # single channel of grey images, which then would not pass the layout on.
+        images = _with_channels(images).clone(memory_format=torch.channels_last)
         early = []
         for depth, block in enumerate(self.blocks):
             images = block(images)

@@ -20,8 +20,8 @@ COLUMNS = (
     ("nll", "scaled"),
     ("calibration", "link"),
     ("brier", "scaled"),
-    ("ece", "link"),
-    ("ece", "scaled"),
+    ("smooth_ece", "link"),
+    ("smooth_ece", "scaled"),
 )
 """Metric and scaling, in the order shown; temperature scaling does not change the accuracy."""
 SELECTED = ("accuracy", "nll", "scaled")
@@ -161,12 +161,15 @@ def timing(results: dict[str, Any]) -> str:
 
 
 def floor(results: dict[str, Any]) -> str:
-    """The ECE that predictions without any calibration error would show; empty if unknown."""
+    """The smooth ECE that calibrated predictions would show; empty if unknown."""
     floors = [run["floor"] for run in results["runs"] if run["floor"] is not None]
     if not floors:
         return ""
-    mean = METRICS["ece"].format(sum(floors) / len(floors))
-    return f"With so few test rows, perfectly calibrated predictions have an ECE of about {mean}."
+    mean = METRICS["smooth_ece"].format(sum(floors) / len(floors))
+    return (
+        "Perfectly calibrated predictions on this many test rows would have a smooth ECE of about "
+        f"{mean}."
+    )
 
 
 class Published(NamedTuple):
