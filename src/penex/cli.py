@@ -37,11 +37,12 @@ app = typer.Typer(
 WIDTH_OF_A_FILE = 120
 
 
-DATA, MODEL, TRAINING, TUNING, MACHINES = (
+DATA, MODEL, TRAINING, TUNING, REPORT, MACHINES = (
     "Data",
     "Model",
     "Training",
-    "Tuning",
+    "Tuning and selection",
+    "Report",
     "Where runs are executed",
 )
 
@@ -111,6 +112,24 @@ Logger = Annotated[
 ]
 
 
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Test metric that the recommendation is based on: nll, accuracy, balanced_accuracy, "
+        "macro_f1, brier, ece, smooth_ece, aurc and others. (default: nll)",
+        rich_help_panel=REPORT,
+    ),
+]
+MinDifference = Annotated[
+    float | None,
+    typer.Option(
+        help="Smallest difference in --metric that matters. (default: 1 % of the value of "
+        "cross-entropy; for shares 0.005)",
+        rich_help_panel=REPORT,
+        min=0,
+    ),
+]
 Folders = Annotated[
     list[Path], typer.Argument(metavar="FOLDER...", help="Output folders of penex compare.")
 ]
@@ -306,6 +325,15 @@ def compare(
             rich_help_panel=TRAINING,
         ),
     ] = None,
+    gradient_scale: Annotated[
+        Literal["common", "own"] | None,
+        typer.Option(
+            help="common: divide each loss by the scale of its gradient, so that learning rate, "
+            "weight decay and clipping mean the same for all; own: losses as they are defined. "
+            "(default: common)",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     gradient_clip: Annotated[
         float | None,
         typer.Option(help="Largest norm of the gradient. (default: any)", rich_help_panel=TRAINING),
@@ -337,13 +365,17 @@ def compare(
             rich_help_panel=TUNING,
         ),
     ] = None,
-    tune_at: Annotated[
-        Literal["best", "last"] | None,
+    select: Annotated[
+        Literal["refined", "nll", "accuracy", "last"] | None,
         typer.Option(
-            help="Epoch whose validation NLL --tune goes by. (default: best)",
+            help="Epoch that is used, and what --tune optimises: lowest validation NLL after "
+            "temperature scaling, lowest validation NLL, highest validation accuracy, or the "
+            "last epoch. (default: refined)",
             rich_help_panel=TUNING,
         ),
     ] = None,
+    metric: Metric = None,
+    min_difference: MinDifference = None,
     tune_jobs: TuneJobs = 1,
     storage: Storage = None,
     backend: Backend = "local",
@@ -410,11 +442,14 @@ def compare(
             schedule=schedule,
             warmup_epochs=warmup_epochs,
             gradient_clip=gradient_clip,
+            gradient_scale=gradient_scale,
             precision=precision,
             compile=compile,
             tune=tune,
             tune_lr=tune_lr,
-            tune_at=tune_at,
+            select=select,
+            metric=metric,
+            min_difference=min_difference,
         )
         _announce(console, settings, out)
 
@@ -433,6 +468,8 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for the page of several comparisons.")] = Path(
         "penex-report"
     ),
+    metric: Metric = None,
+    min_difference: MinDifference = None,
 ) -> None:
     """Rebuild tables and report.html from the saved files of a comparison, finished or not.
 
@@ -441,10 +478,11 @@ def report(
     """
     console = _console()
     with _refusals(console):
+        options = {"metric": metric, "min_difference": min_difference}
         if len(folders) == 1:
-            _report(console, folders[0])
+            _report(console, folders[0], **options)
         else:
-            _merge(console, folders, out)
+            _merge(console, folders, out, **options)
 
 
 @app.command()
@@ -473,10 +511,11 @@ def figures(
     console = _console()
     with _refusals(console):
         from penex.compare import figures as drawing
+        from penex.compare.plots import read
 
         into = out or (folders[0] if len(folders) == 1 else Path("penex-report")) / "figures"
         names = drawing.names(only or [])
-        comparisons = drawing.gather(folders)
+        comparisons = [read(folder) for folder in folders]
         for name in names:
             path = into / f"{name}.{format}"
             try:
@@ -652,16 +691,12 @@ def _list(console: Console) -> None:
 
 def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, Any]]") -> None:
     from penex.compare import tables
-    from penex.compare.analysis import EPOCHS
     from penex.compare.reproduce import FILE
     from penex.compare.store import read_json
 
     for experiment, each in results.items():
-        console.print(f"{experiment}: {tables.caption(each)}")
-        for epoch in EPOCHS:
-            console.print(tables.terminal(each, epoch, console.width))
-            console.print()
-    console.print(tables.LEGEND, style="dim")
+        console.print(f"{experiment}:")
+        _show(console, each)
     record = read_json(folder / FILE)
     if record["smoke"]:
         console.print("A smoke run: that it ends is all that its numbers say.")
@@ -723,28 +758,48 @@ def _announce(console: Console, config: "Config", out: Path) -> None:
     )
 
 
-def _report(console: Console, folder: Path) -> None:
-    from penex.compare import tables
-    from penex.compare.analysis import EPOCHS
+def _report(console: Console, folder: Path, **options: Any) -> None:
+    from penex.compare import plots
     from penex.compare.report import write
 
-    results = write(folder)
-    for epoch in EPOCHS:
-        console.print(tables.terminal(results, epoch, console.width))
-        console.print()
-    console.print(tables.caption(results))
-    console.print(tables.LEGEND, style="dim")
+    comparison = plots.read(folder, **options)
+    write(comparison)
+    _show(console, comparison.results)
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
 
-def _merge(console: Console, folders: list[Path], out: Path) -> None:
-    from penex.compare import tables
-    from penex.compare.analysis import EPOCHS
-    from penex.compare.report import merge
+def _show(console: Console, results: "dict[str, Any]") -> None:
+    """Recommendation, warnings and tables of a comparison."""
+    from penex.compare import tables, verdict
 
-    several = merge(folders, out)
-    for epoch in EPOCHS:
-        for table in tables.merged_terminal(several, epoch):
+    console.print(verdict.recommendation(results), style="bold")
+    for warning in verdict.warnings(results):
+        console.print(f"Warning: {warning}", style="yellow")
+    console.print()
+    selections = dict.fromkeys((results["config"]["select"], "last"))
+    for selection in selections:
+        console.print(tables.terminal(results, selection, console.width))
+        console.print()
+    console.print(tables.selections_terminal(results))
+    console.print()
+    lines = (tables.caption, tables.legend, tables.floor, tables.timing)
+    for line in filter(None, (make(results) for make in lines)):
+        console.print(line, style="dim")
+
+
+def _merge(console: Console, folders: list[Path], out: Path, **options: Any) -> None:
+    from penex.compare import plots, report, tables, verdict
+
+    comparisons = [plots.read(folder, **options) for folder in folders]
+    several = [one.results for one in comparisons]
+    report.merge(comparisons, out)
+    for results, title in zip(several, tables.titles(several), strict=True):
+        console.print(f"{title}: {verdict.recommendation(results)}", style="bold")
+        for warning in verdict.warnings(results):
+            console.print(f"Warning: {warning}", style="yellow")
+    console.print()
+    for selection in dict.fromkeys((*(each["config"]["select"] for each in several), "last")):
+        for table in tables.merged_terminal(several, selection):
             console.print(table)
             console.print()
     console.print(tables.MERGED_LEGEND, style="dim")

@@ -81,7 +81,9 @@ class Source:
         return Target(attacked, len(self.dataset.classes), (0.0, 1.0) if self.images else None)
 
 
-def load_model(source: Source, spec: str, seed: int, epoch: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def load_model(
+    source: Source, spec: str, seed: int, epoch: str
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """The network of a run, in evaluation mode, and the link of its loss.
 
     Args:
@@ -224,9 +226,7 @@ class _Function(nn.Module):
 class _Attacked(nn.Module):
     """From pixels in [0, 1], or features, to log-probabilities."""
 
-    def __init__(
-        self, model: nn.Module, link: Callable[[Tensor], Tensor], *, pixels: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, link: Callable[[Tensor], Tensor], *, pixels: bool) -> None:
         super().__init__()
         self.first = Normalise() if pixels else nn.Identity()
         self.model = model

@@ -1,12 +1,11 @@
 """Figures by name, drawn from the saved files of one comparison or several.
 
-Each is a function from :class:`Comparison` objects to a Matplotlib figure; :data:`FIGURES` has them
+Each is a function from :class:`~penex.compare.plots.Comparison` objects to a Matplotlib figure; :data:`FIGURES` has them
 by name. No model runs again, except where a figure is of a model's function: then from checkpoints.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 
 from penex.compare import plots
-from penex.compare.analysis import curves, predictions, summarize
+from penex.compare.analysis import curves, predictions
 from penex.compare.config import Config
 from penex.compare.errors import CompareError
-from penex.compare.plots import INK, STYLE, Evidence, Floats
+from penex.compare.plots import INK, STYLE, Comparison, Evidence, Floats
 from penex.compare.registry import LOSSES, REFERENCE, contender
 from penex.compare.robustness import NORMS, read
 from penex.compare.selection import LAST, SELECTIONS
@@ -51,24 +50,6 @@ class NothingToShowError(CompareError):
     """The comparisons lack what a figure is of; the message says what that is."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What a figure may draw of an output folder."""
-
-    folder: Path
-    results: dict[str, Any]
-    evidence: list[Evidence]
-
-    @property
-    def name(self) -> str:
-        """Of the data, in plain text."""
-        return plots.plain(self.results["data"]["name"])
-
-    def finished(self, spec: str) -> list[dict[str, Any]]:
-        """The records of the runs of a loss, by seed."""
-        return [run for run in self.results["runs"] if run["loss"] == spec]
-
-
 Draw = Callable[[Sequence[Comparison]], Figure]
 FIGURES: dict[str, Draw] = {}
 """The figures by name."""
@@ -80,18 +61,6 @@ def _named(name: str) -> Callable[[Draw], Draw]:
         return draw
 
     return register
-
-
-def gather(folders: Iterable[Path]) -> list[Comparison]:
-    """Read output folders.
-
-    Raises:
-        CompareError: One holds no comparison, no finished run, or a damaged file.
-    """
-    results = {folder: summarize(folder) for folder in folders}
-    return [
-        Comparison(folder, each, plots.gather(folder, each)) for folder, each in results.items()
-    ]
 
 
 def draw(name: str, comparisons: Sequence[Comparison]) -> Figure:
@@ -329,7 +298,9 @@ def reliability(comparisons: Sequence[Comparison]) -> Figure:
                 axes.set_axis_off()
                 continue
             plots.diagram(axes, found[column])
-            error = one.results["summary"][one.results["config"]["select"]]["link"]["ece"][found[column].spec]["mean"]
+            error = one.results["summary"][one.results["config"]["select"]]["link"]["ece"][
+                found[column].spec
+            ]["mean"]
             axes.set_title(f"{found[column].label}\n{one.name}, ECE {error:.3f}", loc="left")
             if column:
                 axes.set_ylabel("")

@@ -1,7 +1,7 @@
 """Pictures of a comparison, drawn from its saved curves and logits.
 
-`gather` reads, the functions that take an `Axes` draw a panel each, `svg` makes a panel an element
-of an HTML page, and `overview` a picture file of its own.
+`read` reads a folder, the functions that take an `Axes` draw a panel each, `svg` makes a panel an
+element of an HTML page, and `overview` a picture file of its own.
 """
 
 import html
@@ -94,6 +94,40 @@ class Evidence:
         return float(np.mean(self.margins < 0)) if len(self.margins) else np.nan
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What tables and pictures may show of an output folder.
+
+    Attributes:
+        folder: The output folder.
+        results: Its results, of :func:`penex.compare.analysis.summarize`.
+        evidence: Curves and predictions of the losses that have a finished run.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    evidence: list[Evidence]
+
+    @property
+    def name(self) -> str:
+        """Of the data, in plain text."""
+        return plain(self.results["data"]["name"])
+
+    def finished(self, spec: str) -> list[dict[str, Any]]:
+        """The records of the runs of a loss, by seed."""
+        return [run for run in self.results["runs"] if run["loss"] == spec]
+
+
+def read(folder: Path, **options: Any) -> Comparison:
+    """Read an output folder; the options are those of :func:`penex.compare.analysis.summarize`.
+
+    Raises:
+        CompareError: It holds no comparison, no finished run, or a damaged file.
+    """
+    results = summarize(folder, **options)
+    return Comparison(folder, results, gather(folder, results))
+
+
 class Look(NamedTuple):
     """How a loss is drawn; see `Evidence`."""
 
@@ -143,9 +177,7 @@ def gather(folder: Path, results: dict[str, Any]) -> list[Evidence]:
                 if run["validation"].get(config.select)
             ]
             style, tested = look[loss["spec"]], _tested(folder, config, runs)
-            found.append(
-                Evidence(loss["spec"], loss["label"], *style, columns, selected, *tested)
-            )
+            found.append(Evidence(loss["spec"], loss["label"], *style, columns, selected, *tested))
     return found
 
 
@@ -203,7 +235,9 @@ def learning(axes: Axes, evidence: Sequence[Evidence], column: str) -> None:
         axes.plot(index + 1, values.T, color=one.colour, linewidth=0.5, alpha=0.4)
         axes.plot(index + 1, values.mean(axis=0), **one.line, linewidth=1.6, label=one.label)
         if column == "validation_nll" and one.selected:
-            axes.plot(*zip(*one.selected, strict=True), "o", color=one.colour, markersize=3, alpha=0.8)
+            axes.plot(
+                *zip(*one.selected, strict=True), "o", color=one.colour, markersize=3, alpha=0.8
+            )
     if is_nll:
         logarithmic(axes, np.concatenate([one.curves[column].ravel() for one in evidence]))
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
@@ -258,7 +292,7 @@ def distribution(axes: Axes, evidence: Sequence[Evidence]) -> None:
 def robust(
     axes: Axes, evidence: Sequence[Evidence], records: Sequence[dict[str, Any]], norm: str
 ) -> None:
-    """Accuracy by radius under attack with intervals over seeds; solid: selected epoch, dotted: last.
+    """Accuracy by radius under attack, with intervals; solid: selected epoch, dotted: last.
 
     Args:
         axes: Where to draw.
@@ -328,10 +362,20 @@ def plain(text: str) -> str:
 def svg(
     name: str, description: str, draw: Callable[[Axes], None], size: tuple[float, float]
 ) -> str:
-    """A panel of `size` inches for a page: ids start with `name`, INK becomes the text's colour."""
-    with matplotlib.style.context([*STYLE, {"svg.hashsalt": name}]):
+    """A panel of `size` inches for a page; see :func:`embedded`."""
+
+    def panel() -> Figure:
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
+        return figure
+
+    return embedded(name, description, panel)
+
+
+def embedded(name: str, description: str, make: Callable[[], Figure]) -> str:
+    """A figure for a page: ids start with `name`, INK becomes the text's colour."""
+    with matplotlib.style.context([*STYLE, {"svg.hashsalt": name}]):
+        figure = make()
         stream = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
@@ -344,20 +388,16 @@ def svg(
     return f'<svg role="img" aria-label="{html.escape(description)}" {text}'
 
 
-def overview(folder: Path, path: Path) -> None:
-    """Draw the comparison in `folder` in one picture: validation NLL by epoch, and test NLL.
+def overview(comparison: Comparison, path: Path) -> None:
+    """Draw a comparison in one picture: validation NLL by epoch, and test NLL.
 
     The second panel shows paired differences to cross-entropy, which has to be in the comparison.
 
     Args:
-        folder: An output folder with finished runs.
+        comparison: Of an output folder with finished runs.
         path: The picture, .svg or .png by its ending.
-
-    Raises:
-        CompareError: As `summarize`.
     """
-    results = summarize(folder)
-    evidence = gather(folder, results)
+    results, evidence = comparison.results, comparison.evidence
     with matplotlib.style.context([*STYLE, {"svg.hashsalt": "overview"}]):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)

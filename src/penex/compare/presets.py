@@ -35,7 +35,9 @@ class Published(BaseModel):
     experiment: str
     loss: str
     """As in the experiment's losses."""
-    epoch: Literal["best", "last"]
+    selection: Literal["nll", "last"]
+    scaling: Literal["link", "softmax"] = "softmax"
+    """Of its probabilities: the authors score PENEX by its link, all other losses by softmax."""
     value: float
     source: str
 

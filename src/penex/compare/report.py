@@ -9,110 +9,141 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from penex.compare import plots, robustness, tables
-from penex.compare.analysis import EPOCHS, SCALINGS, summarize
+from penex.compare import plots, robustness, tables, verdict
+from penex.compare.analysis import SCALINGS
 from penex.compare.errors import CompareError
-from penex.compare.registry import LOSSES, REFERENCE
+from penex.compare.leaderboard import critical_difference_diagram, leaderboard
 from penex.compare.robustness import NORMS
+from penex.compare.selection import LAST, SELECTIONS
 from penex.compare.store import room, write_json, write_text
 from penex.metrics import METRICS
 
-PEER = LOSSES[REFERENCE].label.lower()
-VERDICT = {
-    ("accuracy", "raw"): "accuracy",
-    ("nll", "raw"): "NLL",
-    ("nll", "scaled"): "NLL after temperature scaling",
-}
-"""What the verdict speaks of: metric and scaling, and their name in the sentence."""
+RANKED = ("accuracy", "smooth_ece", "aurc")
+"""Metrics of the leaderboards, besides that of the recommendation."""
 WIDE, SQUARE = (4.4, 3.1), (3.5, 3.3)
+SMALL_GROUP = 2
+"""Comparisons that a leaderboard needs at least."""
 
 
-def write(folder: Path) -> dict[str, Any]:
-    """Rebuild everything from the saved files of a comparison, finished or not.
-
-    Returns:
-        The content of results.json.
+def write(comparison: plots.Comparison) -> None:
+    """Write results.json, table.tex and report.html into the folder of a comparison.
 
     Raises:
-        CompareError: `folder` holds no comparison, no finished run, or a damaged file; or the
-            disk is full.
+        CompareError: The disk is full.
     """
-    results = summarize(folder)
-    page = _page(folder, results, plots.gather(folder, results))
+    folder, results = comparison.folder, comparison.results
+    page = _page(comparison)
     with room(folder):
         write_json(folder / "results.json", results)
         write_text(folder / "table.tex", tables.latex(results))
         write_text(folder / "report.html", page)
-    return results
 
 
-def merge(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
-    """One page of several comparisons, with their table as LaTeX and Markdown, from saved files.
+def merge(comparisons: Sequence[plots.Comparison], out: Path) -> None:
+    """One page of several comparisons, with their table as LaTeX and Markdown.
 
     Args:
-        folders: Output folders, in the order in which they are shown.
+        comparisons: In the order in which they are shown.
         out: The folder for report.html, table.tex and table.md, made if missing.
 
-    Returns:
-        What `summarize` says of each.
-
     Raises:
-        CompareError: As :func:`write`; or `out` is one of `folders`.
+        CompareError: `out` is the folder of one of the comparisons, or the disk is full.
     """
-    if out.resolve() in [folder.resolve() for folder in folders]:
+    if out.resolve() in [one.folder.resolve() for one in comparisons]:
         raise CompareError(f"out: {out} is a comparison of its own; choose another folder")
-    several = [summarize(folder) for folder in folders]
+    several = [one.results for one in comparisons]
     parts = []
-    for number, (folder, results) in enumerate(zip(folders, several, strict=True), start=1):
-        evidence, records = plots.gather(folder, results), robustness.read(folder)
+    for number, (one, title) in enumerate(
+        zip(comparisons, tables.titles(several), strict=True), start=1
+    ):
+        records = robustness.read(one.folder)
         parts.append(
             {
-                "caption": tables.caption(results),
-                "caveats": caveats(results),
-                "evidence": evidence,
-                "pictures": _pictures(evidence, records, f"comparison{number}-"),
-                "published": tables.published(results),
-                "results": results,
-                "robust": tables.robust(results, records),
-                "title": tables.titles(several)[number - 1],
-                "verdict": verdict(results),
+                "caption": tables.caption(one.results),
+                "evidence": one.evidence,
+                "pictures": _pictures(one.evidence, records, f"comparison{number}-"),
+                "published": tables.published(one.results),
+                "recommendation": verdict.recommendation(one.results),
+                "results": one.results,
+                "robust": tables.robust(one.results, records),
+                "title": title,
+                "warnings": verdict.warnings(one.results),
             }
         )
+    selections = list(dict.fromkeys([results["config"]["select"] for results in several]))
     page = _render(
         "merged.html.jinja",
         several=parts,
         header=tables.merged_header(),
-        tables={epoch: tables.merged(several, epoch) for epoch in EPOCHS},
+        tables={name: tables.merged(several, name) for name in (*selections, LAST)},
         legend=tables.MERGED_LEGEND,
+        leaderboards=leaderboards(several),
     )
-    markdown = [f"{EPOCHS[epoch]}:\n\n{tables.merged_markdown(several, epoch)}" for epoch in EPOCHS]
+    markdown = [
+        f"{SELECTIONS[name]}:\n\n{tables.merged_markdown(several, name)}"
+        for name in dict.fromkeys((*selections, LAST))
+    ]
     with room(out):
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "table.tex", tables.merged_latex(several))
         write_text(out / "table.md", "\n\n".join([*markdown, tables.MERGED_LEGEND]) + "\n")
         write_text(out / "report.html", page)
-    return several
 
 
-def _page(folder: Path, results: dict[str, Any], evidence: list[plots.Evidence]) -> str:
-    records = robustness.read(folder)
+def leaderboards(several: Sequence[dict[str, Any]]) -> list[tables.Ranking]:
+    """A leaderboard over comparisons for each of a few metrics; none for fewer than two data sets.
+
+    Settings of one data set (label noise, training size) are one block.
+    """
+    metrics = dict.fromkeys([*(results["primary"]["metric"] for results in several), *RANKED])
+    found = []
+    for metric in metrics:
+        table = tables.tidy(several, metric)
+        try:
+            board = leaderboard(table, higher_is_better=METRICS[metric].higher_is_better)
+        except ValueError:  # no loss or no data set in common
+            continue
+        if board.blocks < SMALL_GROUP:
+            continue
+        title = METRICS[metric].label
+        picture = plots.embedded(
+            f"ranks-{metric}",
+            f"Average ranks by {title}: {', '.join(map(str, board.ranks.index))}",
+            partial(critical_difference_diagram, board, title=title),
+        )
+        found.append(tables.ranking(title, board, Markup(picture)))  # noqa: S704
+    return found
+
+
+def _page(comparison: plots.Comparison) -> str:
+    results, evidence = comparison.results, comparison.evidence
+    records = robustness.read(comparison.folder)
+    selected = results["config"]["select"]
     return _render(
         "report.html.jinja",
         results=results,
         caption=tables.caption(results),
-        verdict=verdict(results),
-        caveats=caveats(results),
+        recommendation=verdict.recommendation(results),
+        warnings=verdict.warnings(results),
         scalings=SCALINGS,
         header=tables.header(),
-        tables={epoch: list(tables.rows(results, epoch)) for epoch in EPOCHS},
+        selected=selected,
+        tables={
+            name: list(tables.rows(results, name))
+            for name in sorted(SELECTIONS, key=lambda name: name != selected)
+        },
+        side_by_side=list(tables.selections(results)),
         cell=tables.cell,
-        legend=tables.LEGEND,
+        softmax=tables.softmax(results, selected),
+        legend=tables.legend(results),
+        timing=tables.timing(results),
+        floor=tables.floor(results),
         published=tables.published(results),
         robust=tables.robust(results, records),
         evidence=evidence,
         pictures=_pictures(evidence, records),
         settings=yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True),
-        versions=_versions(results),
+        versions=verdict.versions(results),
     )
 
 
@@ -126,7 +157,11 @@ def _render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template(template).render(
-        epochs=EPOCHS, metrics=METRICS, ink=plots.INK, robust_legend=tables.ROBUST_LEGEND, **values
+        selections=SELECTIONS,
+        metrics=METRICS,
+        ink=plots.INK,
+        robust_legend=tables.ROBUST_LEGEND,
+        **values,
     )
 
 
@@ -160,102 +195,3 @@ def _pictures(
         draw = partial(plots.robust, evidence=evidence, records=records, norm=norm)
         drawn[norm] = plots.svg(f"{prefix}{norm}", description, draw, WIDE)
     return {name: Markup(text) for name, text in drawn.items()}  # noqa: S704
-
-
-def verdict(results: dict[str, Any]) -> str:
-    """What the comparison says of accuracy and NLL at the best validation epoch, in a sentence."""
-    specs = [loss["spec"] for loss in results["losses"]]
-    if REFERENCE not in specs:
-        return (
-            f"{PEER.capitalize()}, which others are tested against, is not in this comparison; "
-            f"{_leaders(results)}, which may be chance."
-        )
-    if len(specs) == 1:
-        return f"Only {PEER} was trained: there is nothing to compare it with."
-    column = results["summary"]["best"]["raw"]["nll"]
-    if column[REFERENCE]["mean"] is None:
-        return f"No run of {PEER} gives numbers, so the others have nothing to be compared with."
-    if not any(cell["difference"] and cell["difference"]["n"] > 1 for cell in column.values()):
-        return (
-            "Without two seeds in common no difference can be told from chance; "
-            f"so far {_leaders(results)}."
-        )
-    findings = [_finding(results, *key) for key in VERDICT]
-    if len(set(findings)) == 1:
-        return f"On accuracy and NLL, temperature scaled or not, {' '.join(findings[0])}."
-    parts, said = [], ""
-    for name, (who, claim) in zip(VERDICT.values(), findings, strict=True):
-        parts.append(f"on {name} {who}" if claim == said else f"on {name} {who} {claim}")
-        said = claim
-    return f"O{'; '.join(parts)[1:]}."
-
-
-def _finding(results: dict[str, Any], name: str, scaling: str) -> tuple[str, str]:
-    """Who is clearly better on a metric, and than what.
-
-    A loss with fewer values than runs, because some diverged, is not called better: its mean leaves
-    the worst ones out.
-    """
-    column = results["summary"]["best"][scaling][name]
-    if column[REFERENCE]["best"]:
-        return f"{PEER} is", "clearly better than every other loss"
-    better = []
-    for loss in results["losses"]:
-        value = column[loss["spec"]]
-        cell = tables.cell(name, value)
-        if cell.sign > 0 and value["n"] == loss["runs"]:
-            unit = " points" if METRICS[name].percent else ""
-            better.append(f"{loss['label']} ({cell.difference}{unit})")
-    who = f"{_listed(better)} {'are' if len(better) > 1 else 'is'}" if better else "no loss is"
-    return who, f"clearly better than {PEER}"
-
-
-def _leaders(results: dict[str, Any]) -> str:
-    """Whose mean accuracy and NLL are best."""
-    found = []
-    for name, extreme in (("accuracy", "highest accuracy"), ("nll", "lowest NLL")):
-        metric, column = METRICS[name], results["summary"]["best"]["raw"][name]
-        means = {loss["label"]: column[loss["spec"]]["mean"] for loss in results["losses"]}
-        known = {label: mean for label, mean in means.items() if mean is not None}
-        if not known:
-            return "every run diverged"
-        best = max(known.values()) if metric.higher_is_better else min(known.values())
-        who = _listed([label for label, mean in known.items() if mean == best])
-        value = f"{metric.format(best)}{' %' if metric.percent else ''}"
-        found.append(f"the {extreme} is that of {who} ({value})")
-    return _listed(found)
-
-
-def caveats(results: dict[str, Any]) -> list[str]:
-    """What a reader should know before believing the tables, one sentence each."""
-    runs, planned = results["runs"], results["planned_runs"]
-    found = [
-        f"{loss['label']}: {loss['diverged']} of {loss['runs']} runs diverged. They are left out "
-        "of the means at the last epoch, which flatters those."
-        for loss in results["losses"]
-        if loss["diverged"]
-    ]
-    if len(runs) < planned:
-        found.append(
-            f"Unfinished: only {len(runs)} of {planned} runs are in; the verdict may change."
-        )
-    fitted = [run["temperature"][epoch] for run in runs for epoch in EPOCHS]
-    if untold := fitted.count(1.0):
-        found.append(
-            f"In {untold} of {len(fitted)} cases the validation rows cannot tell the temperature; "
-            "there it is 1, and values marked (T) are not scaled."
-        )
-    mixed = [name for name, values in _versions(results).items() if len(values) > 1]
-    if mixed:
-        found.append(f"Runs were made in different environments ({_listed(mixed)}; see Versions).")
-    return found
-
-
-def _versions(results: dict[str, Any]) -> dict[str, list[str]]:
-    """Every version that made a run, by package."""
-    names = results["runs"][0]["versions"]
-    return {name: sorted({run["versions"][name] for run in results["runs"]}) for name in names}
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

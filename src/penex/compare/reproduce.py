@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from penex.compare import figures, report
+from penex.compare import figures, plots, report
 from penex.compare.config import Config, Execution
 from penex.compare.display import Display
 from penex.compare.presets import Preset, preset
@@ -69,14 +69,15 @@ def reproduce(
         compare(located, folders[experiment], execution=execution, display=display)
     if not leads():
         return {}
-    results = {}
+    comparisons = {}
     for experiment, own in folders.items():
         if "robustness" in facts.figures:
             attack(own, say=display.finished, **(TRIAL if smoke else {}))
         with room(own):
             write_json(own / "published.json", _published(facts, experiment, configs[experiment]))
-        results[experiment] = report.write(own)
-    several = list(folders.values())
+        comparisons[experiment] = plots.read(own)
+        report.write(comparisons[experiment])
+    several = list(comparisons.values())
     if len(several) > 1:
         report.merge(several, folder)
     with room(folder):
@@ -90,7 +91,7 @@ def reproduce(
             "deviations": list(facts.deviations),
         }
         write_json(folder / FILE, record)
-    return results
+    return {experiment: one.results for experiment, one in comparisons.items()}
 
 
 def _data_folder(config: Config, folder: Path, data_dir: Path | None, smoke: bool) -> Path | None:
@@ -117,7 +118,8 @@ def _published(facts: Preset, experiment: str, config: Config) -> list[dict[str,
         {
             "loss": one.loss,
             "metric": "validation_nll",
-            "at": one.epoch,
+            "at": one.selection,
+            "scaling": one.scaling,
             "value": one.value,
             "source": one.source,
         }
@@ -126,9 +128,8 @@ def _published(facts: Preset, experiment: str, config: Config) -> list[dict[str,
     ]
 
 
-def _figures(facts: Preset, folders: Sequence[Path], into: Path) -> dict[str, str]:
+def _figures(facts: Preset, comparisons: Sequence[plots.Comparison], into: Path) -> dict[str, str]:
     """Draw the preset's figures; by name the file, or why there is none."""
-    comparisons = figures.gather(folders)
     drawn = {}
     for name in facts.figures:
         try:

@@ -146,7 +146,8 @@ def attack(
                     records.append({**about, **within, **count, "accuracy": left})
             write_json(folder / FILE, records)
             say(
-                f"{spec}, seed {seed}, {SELECTIONS[epoch].lower()}: {_line(records, spec, seed, epoch)}"
+                f"{spec}, seed {seed}, {SELECTIONS[epoch].lower()}: "
+                f"{_line(records, spec, seed, epoch)}"
             )
 
 
@@ -185,9 +186,7 @@ def final(record: dict[str, Any]) -> float:
 def summary(
     records: Sequence[dict[str, Any]], spec: str, epoch: str, norm: str
 ) -> dict[float, dict[str, Any]]:
-    """Accuracy (a share) of a loss by radius, 0 for no attack: its mean over seeds with the corrected
-    interval of :func:`penex.compare.statistics.resplit_interval`.
-    """
+    """Accuracy (a share) of a loss by radius, 0 for no attack: means over seeds and intervals."""
     own = [r for r in records if (r["loss"], r["epoch"], r["norm"]) == (spec, epoch, norm)]
     found: dict[float, list[float]] = {}
     for record in own:

@@ -16,7 +16,7 @@ from penex.compare.display import Display
 from penex.compare.estimate import SURELY_SHORT, forecast, recorded, seconds_per_epoch
 from penex.compare.images import Images
 from penex.compare.parallel import Workers, workers
-from penex.compare.ranks import decided, joined
+from penex.compare.ranks import decided, joined, leads
 from penex.compare.registry import contender
 from penex.compare.splits import draw_rows
 from penex.compare.store import (
@@ -28,6 +28,7 @@ from penex.compare.store import (
     room,
     run_folder,
     trial_folder,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -76,6 +77,20 @@ def compare(config: Config, folder: Path, *, execution: Execution, display: Disp
             missing = decided(lambda: [task for task in tasks if not task.folder.exists()])
             for line in pool.each(_train, missing):
                 display.finished(line)
+        _measure_times(config, folder, values, pool)
+
+
+def _measure_times(
+    config: Config, folder: Path, values: Mapping[str, Mapping[str, float]], pool: Workers
+) -> None:
+    """Record the time of a training epoch of each loss, one after the other and nothing beside."""
+    path = folder / "timing.json"
+    known: dict[str, float] = decided(lambda: read_json(path) if path.exists() else {})
+    missing = [spec for spec in config.losses if spec not in known]
+    for spec in missing:
+        (known[spec],) = pool.each(_measure, [(spec, values[spec]["knob"])])
+    if missing and leads():
+        write_json(path, {spec: known[spec] for spec in known})
 
 
 def _pairs(config: Config) -> list[tuple[int, str]]:
@@ -124,18 +139,20 @@ def _foretell(
         if small and forecast(stages, config.epochs, steps * SURELY_SHORT) is None:
             return
         side = max(side for _, side in stages)
-        seconds = mean(pool.each(_measure, config.losses[:1] * min(side, MEASURED)))
+        first = config.losses[0]
+        sample = [(first, contender(first).untuned)] * min(side, MEASURED)
+        seconds = mean(pool.each(_measure, sample))
     line = forecast(stages, config.epochs, seconds_per_epoch(seconds, rows))
     if line is not None:
         display.note(f"This will take {line}")
 
 
 def _measure(
-    spec: str, folder: Path, config: Config, dataset: Dataset, execution: Execution
+    loss: tuple[str, float], folder: Path, config: Config, dataset: Dataset, execution: Execution
 ) -> float:
     from penex.compare.train import measure
 
-    return measure(spec, config, dataset, execution)
+    return measure(*loss, config, dataset, execution)
 
 
 def _tuned(

@@ -3,6 +3,7 @@
     comparison.json                    configuration, data and its fingerprint
     tuning/<loss>/trial-000/           as a run, for each trial
     runs/<loss>/seed-0/                run.json, curve.csv, logits.npz, epoch-12.ckpt, ...
+    timing.json                        seconds of a training epoch, each loss measured alone
     results.json  table.tex  report.html
 
 A file appears under its name only when all of it is on disk, and a run's folder only when all its

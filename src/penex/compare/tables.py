@@ -1,14 +1,19 @@
 """The tables of a comparison, for terminals, LaTeX and Markdown, from results.json's content."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from penex.compare.analysis import primary_scaling
+from penex.compare.leaderboard import Leaderboard
+from penex.compare.registry import LOSSES, REFERENCE
 from penex.compare.robustness import NORMS, summary
 from penex.compare.selection import LAST, SELECTIONS
 from penex.compare.verdict import settings
@@ -24,7 +29,6 @@ COLUMNS = (
     ("smooth_ece", "scaled"),
 )
 """Metric and scaling, in the order shown; temperature scaling does not change the accuracy."""
-SELECTED = ("accuracy", "nll", "scaled")
 
 
 class Cell(NamedTuple):
@@ -260,6 +264,75 @@ _STYLES = {1: "green", 0: "", -1: "red"}
 
 MERGED = (("accuracy", "link"), ("nll", "link"), ("nll", "scaled"), ("brier", "scaled"))
 """Metric and scaling of the table of several comparisons."""
+
+
+class Ranking(NamedTuple):
+    """A leaderboard as tables show it."""
+
+    title: str
+    summary: str
+    """How many data sets there are, and whether the losses differ at all."""
+    header: list[str]
+    lines: list[list[str]]
+    """For each loss: label, average rank, share of data sets where it is best, win rate against
+    cross-entropy with its interval, adjusted p of the difference to it."""
+    picture: str
+    """The critical-difference diagram, as SVG."""
+
+
+def tidy(several: Sequence[dict[str, Any]], metric: str) -> pd.DataFrame:
+    """A metric of several comparisons, in the columns of :func:`~.leaderboard.leaderboard`."""
+    lines = []
+    for results, title in zip(several, titles(several), strict=True):
+        selection = results["config"]["select"]
+        column = results["summary"][selection][primary_scaling(metric, selection)][metric]
+        block = results["data"]["name"]
+        lines += [
+            (title, block, loss["label"], column[loss["spec"]]["mean"])
+            for loss in results["losses"]
+        ]
+    table = pd.DataFrame(lines, columns=["data_set", "block", "loss", "value"])
+    return table.astype({"value": float})
+
+
+def ranking(title: str, board: Leaderboard, picture: str) -> Ranking:
+    """The rows of a leaderboard, from the best average rank."""
+    reference = LOSSES[REFERENCE].label
+    header = ["Loss", "Average rank", "Best on, %"]
+    against = reference in board.ranks.index
+    if against:
+        header += [f"Wins against {reference.lower()}, %", "Adjusted p"]
+    lines = []
+    for loss, rank in board.ranks.iterrows():
+        line = [str(loss), f"{rank['rank']:.2f}", f"{100 * rank['wins']:.0f}"]
+        if against and loss == reference:
+            line += ["–", "–"]
+        elif against:
+            rate, low, high = (
+                100 * ends.loc[loss, reference]
+                for ends in (board.win_rates, board.win_low, board.win_high)
+            )
+            line += [
+                f"{rate:.0f} [{low:.0f}, {high:.0f}]",
+                f"{board.p_values.loc[loss, reference]:.2g}",
+            ]
+        lines.append(line)
+    count = f"{board.data_sets} comparisons of {board.blocks} data sets"
+    test = "" if math.isnan(board.friedman) else f"; Friedman test p = {board.friedman:.2g}"
+    return Ranking(title, f"{count}{test}", header, lines, picture)
+
+
+def softmax(results: dict[str, Any], selection: str) -> list[str]:
+    """NLL by plain softmax for every loss; empty where it is the link."""
+    found = []
+    for loss in results["losses"]:
+        link, plain = (
+            results["summary"][selection][scaling]["nll"][loss["spec"]]
+            for scaling in ("link", "softmax")
+        )
+        same = link["mean"] is None or abs(link["mean"] - plain["mean"]) < 1e-9
+        found.append("" if same else cell("nll", plain).value)
+    return found
 
 
 class Line(NamedTuple):

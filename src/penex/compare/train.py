@@ -64,7 +64,7 @@ CHECKPOINT_SHARE = 0.05
 """... nor so often that saving takes more than this share of the time."""
 EVALUATION_ROWS = {"numbers": 4096, "images": 128, "text": 64}
 """Rows that go through the network at once where nothing is learnt; of arrays as of images."""
-MEASURING = 2.0
+MEASURING = 1.0
 """Seconds of training, about, from which the time of an epoch is estimated."""
 MOMENTUM = 0.9
 """Of SGD."""
@@ -134,9 +134,11 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
 
 
 @deterministic()
-def measure(spec: str, config: Config, dataset: Dataset, execution: Execution) -> float:
+def measure(
+    spec: str, knob: float, config: Config, dataset: Dataset, execution: Execution
+) -> float:
     """Seconds that the training part of an epoch takes, from a few of its steps."""
-    task = Task(Path(), spec, 0, config.lr_for(spec), contender(spec).untuned)
+    task = Task(Path(), spec, 0, config.lr_for(spec), knob)
     ready = _prepared(task, config, dataset, execution)
     count = len(ready.training.sampler)
     batches = min(3, count)

@@ -160,12 +160,12 @@ def warnings(results: dict[str, Any]) -> list[str]:
     done, planned = len(results["runs"]), results["planned_runs"]
     if done < planned:
         found.append(f"Unfinished: {done} of {planned} runs. The recommendation may change.")
-    for loss in results["losses"]:
-        if loss["diverged"]:
-            found.append(
-                f"{loss['label']}: {loss['diverged']} of {loss['runs']} runs diverged. Lower its "
-                "learning rate; until then it is not ranked."
-            )
+    found += [
+        f"{loss['label']}: {loss['diverged']} of {loss['runs']} runs diverged. Lower its learning "
+        "rate; until then it is not ranked."
+        for loss in results["losses"]
+        if loss["diverged"]
+    ]
     found += _late(results)
     rows = results["runs"][0]["rows"]
     if rows["validation"] < MIN_VALIDATION_ROWS:
