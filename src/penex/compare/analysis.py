@@ -18,7 +18,7 @@ from penex.compare.config import Config
 from penex.compare.errors import CompareError
 from penex.compare.registry import REFERENCE, contender
 from penex.compare.store import read_comparison, read_json, read_logits, run_folder
-from penex.metrics import METRICS, TEMPERATURE_BOUNDS, bootstrap, evaluate, fit_temperature, nll
+from penex.metrics import METRICS, bootstrap, evaluate, fit_temperature, nll
 
 EPOCHS = {"best": "Best validation epoch", "last": "Last epoch"}
 SCALINGS = {"raw": "as trained", "scaled": "temperature scaled"}
@@ -112,7 +112,7 @@ def _run(folder: Path, spec: str, seed: int) -> dict[str, Any]:
             record["test"][epoch] = dict.fromkeys(SCALINGS)
             record["interval"][epoch] = record["validation"][epoch] = None
             continue
-        temperature = _temperature(validation, logits["validation_target"])
+        temperature = fit_temperature(validation, logits["validation_target"])
         target = logits["test_target"]
         record["temperature"][epoch] = temperature
         record["validation"][epoch] = nll(validation, logits["validation_target"])
@@ -122,16 +122,6 @@ def _run(folder: Path, spec: str, seed: int) -> dict[str, Any]:
         }
         record["interval"][epoch] = bootstrap(test, target, level=LEVEL)
     return record
-
-
-def _temperature(logits: NDArray[np.float64], target: NDArray[np.int64]) -> float:
-    """The fitted temperature; 1 where the validation rows cannot tell it.
-
-    They cannot if, for example, all of them are classified rightly: then any smaller temperature
-    is better on them, and the smallest ruins the test likelihood.
-    """
-    temperature = fit_temperature(logits, target)
-    return 1.0 if temperature in TEMPERATURE_BOUNDS else temperature
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
