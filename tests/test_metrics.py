@@ -1,15 +1,24 @@
 """penex.metrics against loops over its definitions, closed forms, scikit-learn and torchmetrics."""
 
+import itertools
 import math
 import tracemalloc
 import warnings
 
 import numpy as np
 import pytest
+import relplot
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
+from scipy.special import log_softmax, softmax
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    brier_score_loss,
+    f1_score,
+    log_loss,
+    roc_auc_score,
+)
 from torchmetrics.functional.classification import (
     binary_auroc,
     multiclass_accuracy,
@@ -18,17 +27,21 @@ from torchmetrics.functional.classification import (
 
 from penex import metrics
 
-KEYS = ("accuracy", "nll", "brier", "ece", "ece_mass", "classwise_ece", "auroc", "margin")
 SINGLE = {
     "accuracy": metrics.accuracy,
+    "balanced_accuracy": metrics.balanced_accuracy,
+    "macro_f1": metrics.macro_f1,
     "nll": metrics.nll,
     "brier": metrics.brier,
     "ece": metrics.ece,
     "ece_mass": lambda z, y: metrics.ece(z, y, binning="mass"),
     "classwise_ece": metrics.classwise_ece,
+    "smooth_ece": metrics.smooth_ece,
     "auroc": metrics.confidence_auroc,
+    "aurc": metrics.aurc,
     "margin": lambda z, y: float(metrics.margins(z, y).mean()),
 }
+KEYS = tuple(SINGLE)
 
 
 def sample(
@@ -82,9 +95,19 @@ def oracle(logits: np.ndarray, target: np.ndarray, bins: int = 15) -> dict[str, 
     slices = [ranked[b * n // bins : (b + 1) * n // bins] for b in range(bins)]
     right = [c for c, ok in zip(confidence, correct, strict=True) if ok]
     wrong = [c for c, ok in zip(confidence, correct, strict=True) if not ok]
+    by_confidence = [ok for _, ok in reversed(ranked)]
+    predicted = [p.index(max(p)) for p in prob]
+    pairs = list(zip(labels, predicted, strict=True))
+    recalls = [sum(pair == (c, c) for pair in pairs) / labels.count(c) for c in set(labels)]
+    f1 = [
+        2 * sum(pair == (c, c) for pair in pairs) / (labels.count(c) + predicted.count(c))
+        for c in set(labels + predicted)
+    ]
     wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a in right for b in wrong]
     return {
         "accuracy": sum(correct) / n,
+        "balanced_accuracy": sum(recalls) / len(recalls),
+        "macro_f1": sum(f1) / len(f1),
         "nll": -sum(math.log(p[y]) for p, y in zip(prob, labels, strict=True)) / n,
         "brier": sum(
             sum((p[j] - (j == y)) ** 2 for j in range(k)) for p, y in zip(prob, labels, strict=True)
@@ -97,6 +120,7 @@ def oracle(logits: np.ndarray, target: np.ndarray, bins: int = 15) -> dict[str, 
         )
         / k,
         "auroc": sum(wins) / len(wins) if wins else math.nan,
+        "aurc": sum(1 - sum(by_confidence[:i]) / i for i in range(1, n + 1)) / n,
         "margin": sum(
             row[y] - max(z for j, z in enumerate(row) if j != y)
             for row, y in zip(logits, labels, strict=True)
@@ -109,8 +133,9 @@ def oracle(logits: np.ndarray, target: np.ndarray, bins: int = 15) -> dict[str, 
 def test_every_metric_is_its_definition(data: tuple[np.ndarray, np.ndarray], bins: int) -> None:
     result = metrics.evaluate(*data, bins=bins)
     assert tuple(result) == KEYS
-    assert result == pytest.approx(oracle(*data, bins), rel=1e-10, abs=1e-12, nan_ok=True)
     assert all(type(value) is float for value in result.values())
+    del result["smooth_ece"]  # which has a test of its own
+    assert result == pytest.approx(oracle(*data, bins), rel=1e-10, abs=1e-12, nan_ok=True)
 
 
 @given(sets)
@@ -150,6 +175,31 @@ def test_agrees_with_scikit_learn_and_torchmetrics(n: int, k: int) -> None:
     }
     # torchmetrics returns float32.
     assert {name: result[name] for name in peers} == pytest.approx(peers, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3], [0, 2], [1]])
+def test_classes_without_rows_count_as_in_scikit_learn(labels: list[int]) -> None:
+    logits, _ = sample(4, 37, 5)
+    logits[:, 4] = -9.0  # neither a label nor predicted
+    target = np.random.default_rng(0).choice(labels, size=37)
+    predicted = logits.argmax(1)
+    assert metrics.balanced_accuracy(logits, target) == pytest.approx(
+        balanced_accuracy_score(target, predicted)
+    )
+    assert metrics.macro_f1(logits, target) == pytest.approx(
+        f1_score(target, predicted, average="macro", zero_division=0)
+    )
+
+
+@given(sets)
+def test_row_values_average_to_the_metrics(data: tuple[np.ndarray, np.ndarray]) -> None:
+    values = metrics.row_values(*data)
+    result = metrics.evaluate(*data)
+    assert list(values) == ["accuracy", "nll", "brier", "margin"]
+    assert {name: value.mean() for name, value in values.items()} == pytest.approx(
+        {name: result[name] for name in values}
+    )
 
 
 # --- Calibration ----------------------------------------------------------------------------------
@@ -220,6 +270,61 @@ def test_equal_mass_when_most_confidences_saturate() -> None:
     assert metrics.ece(logits, target, bins=10, binning="mass") == pytest.approx(expected)
 
 
+def slow_smooth_ece(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """The definition: a sum over mirror images, integrated by the trapezoid rule; bisection."""
+    t = np.linspace(0, 1, 2001)
+
+    def error(width: float) -> float:
+        images = [2 * k + sign * confidence for k in range(-2, 3) for sign in (1, -1)]
+        kernel = sum(np.exp(-(((t[:, None] - f) / width) ** 2) / 2) for f in images)
+        smoothed = kernel @ (correct - confidence) / (width * math.sqrt(2 * math.pi))
+        return float(np.trapezoid(np.abs(smoothed) / len(correct), t))
+
+    low, high = 1e-3, 1.0
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        low, high = (middle, high) if error(middle) > middle else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize(("n", "temperature"), [(20, 1.0), (100, 0.4), (101, 3.0)])
+def test_smooth_ece_is_its_definition(n: int, temperature: float) -> None:
+    logits, target = sample(n, n, 3, temperature=temperature)
+    confidence, correct = relplot.multiclass_logits_to_confidences(logits, target)
+    value = metrics.smooth_ece(logits, target)
+    assert value == pytest.approx(slow_smooth_ece(confidence, correct), abs=3e-4)
+    assert value == pytest.approx(relplot.smECE(confidence, correct), abs=2e-3)
+
+
+def test_smooth_ece_at_its_ends() -> None:
+    sure = np.array([[1000.0, 0.0]])
+    assert metrics.smooth_ece(sure, [0]) == 0.0
+    assert metrics.smooth_ece(sure, [1]) == pytest.approx(1.0)
+    # All rows at one confidence: at any width the integral is |accuracy - confidence|.
+    assert metrics.smooth_ece(np.repeat(logits_of([0.7]), 4, 0), [0, 0, 1, 1]) == pytest.approx(
+        0.2, abs=2e-4
+    )
+
+
+def test_calibration_floor() -> None:
+    logits, target = sample(5, 2000, 4)
+    floor = metrics.calibration_floor(logits, target)
+    rng = np.random.default_rng(123)
+    calibrated = []
+    for _ in range(100):
+        labels = np.argmax(logits + rng.gumbel(size=logits.shape), axis=1)
+        calibrated.append(metrics.smooth_ece(logits, labels))
+    assert floor == pytest.approx(np.mean(calibrated), rel=0.1)
+    assert metrics.smooth_ece(3 * logits, target) > 3 * metrics.calibration_floor(
+        3 * logits, target
+    )
+    fewer = metrics.calibration_floor(logits[:125], target[:125])
+    assert 2 < fewer / floor < 8  # 4 for 1 / sqrt(N)
+    assert metrics.calibration_floor(logits, 0 * target) == floor
+    with pytest.raises(ValueError, match="draws: expected at least 1, got 0"):
+        metrics.calibration_floor(logits, target, draws=0)
+
+
 def test_classwise_ece_by_hand() -> None:
     # One bin: per class |share of labels - mean probability|.
     logits, target = logits_of([0.9, 0.7, 0.2]), [0, 1, 1]
@@ -269,6 +374,23 @@ def test_auroc_of_two_classes_survives_saturation() -> None:
     assert metrics.confidence_auroc(1000 * logits, target) == pytest.approx(expected, abs=1e-12)
 
 
+def test_aurc_with_ties_is_the_mean_over_their_orders() -> None:
+    logits = logits_of([0.9, 0.7, 0.7, 0.7, 0.6])
+    target = [1, 0, 1, 0, 1]
+    areas = []
+    for order in itertools.permutations([0, 1, 0]):
+        wrong = np.array([1, *order, 1])
+        areas.append(np.mean(wrong.cumsum() / np.arange(1, 6)))
+    assert metrics.aurc(logits, target) == pytest.approx(np.mean(areas))
+
+
+def test_aurc_survives_saturation() -> None:
+    logits, target = sample(3, 400, 2, temperature=1.5)
+    expected = metrics.aurc(logits, target)
+    assert metrics.aurc(1000 * logits, target) == pytest.approx(expected)
+    assert expected < 1 - metrics.accuracy(logits, target)  # what a random order would give
+
+
 def test_margins_by_hand_and_by_sign() -> None:
     logits = np.array([[3.0, 1.0, 0.5], [3.0, 1.0, 0.5], [2.0, 2.0, 0.0]])
     assert metrics.margins(logits, [0, 2, 1]) == pytest.approx([2.0, -2.5, 0.0])
@@ -295,12 +417,16 @@ def test_huge_logits() -> None:
     assert result == pytest.approx(
         {
             "accuracy": 0.75,
+            "balanced_accuracy": (1 + 1 / 2 + 1) / 3,
+            "macro_f1": (2 / 3 + 2 / 3 + 1) / 3,
             "nll": 5000.0,
             "brier": 0.5,
             "ece": 0.25,
             "ece_mass": 0.25,
             "classwise_ece": (0.25 + 0.25 + 0.0) / 3,
+            "smooth_ece": 0.25,
             "auroc": 0.5,  # all are equally confident
+            "aurc": 0.25,
             "margin": (1e4 + 1e4 + 1e4 - 2e4) / 4,
         }
     )
@@ -335,12 +461,16 @@ def test_one_sample() -> None:
     assert result == pytest.approx(
         {
             "accuracy": 1.0,
+            "balanced_accuracy": 1.0,
+            "macro_f1": 1.0,
             "nll": -math.log(0.75),
             "brier": 0.125,
             "ece": 0.25,
             "ece_mass": 0.25,
             "classwise_ece": 0.25,
+            "smooth_ece": pytest.approx(0.25, abs=2e-4),
             "auroc": math.nan,
+            "aurc": 0.0,
             "margin": math.log(3.0),
         },
         nan_ok=True,
@@ -486,28 +616,107 @@ def test_temperature_of_scaled_logits_is_recovered(temperature: float) -> None:
     assert scaled == pytest.approx(temperature * base, rel=1e-9)
 
 
-@given(st.integers(0, 10**6), st.integers(2, 6), st.floats(0.3, 3.0))
-def test_no_other_temperature_is_better(seed: int, k: int, temperature: float) -> None:
+@given(st.integers(0, 10**6), st.integers(2, 6), st.floats(0.3, 3.0), st.floats(0.01, 20.0))
+def test_no_other_temperature_is_better(
+    seed: int, k: int, temperature: float, smoothing: float
+) -> None:
     logits, target = sample(seed, 60, k, temperature=temperature)
-    fitted = metrics.fit_temperature(logits, target)
-    best = metrics.nll(logits / fitted, target)
+    share = smoothing / (60 + smoothing)
+
+    def objective(t: float) -> float:
+        log_prob = log_softmax(logits / t, axis=1)
+        even = -log_prob.mean() + math.log(t)
+        return (1 - share) * metrics.nll(logits / t, target) + share * even
+
+    fitted = metrics.fit_temperature(logits, target, smoothing=smoothing)
+    best = objective(fitted)
     for log_t in np.linspace(-7, 7, 57):
-        assert best <= metrics.nll(logits / math.exp(log_t), target) + 1e-12
+        assert best <= objective(math.exp(log_t)) + 1e-12
 
 
-def test_temperature_of_two_samples_in_closed_form() -> None:
-    # Nine of ten samples right with the same gap g: g / T = log 9.
+@pytest.mark.parametrize("k", [2, 6])
+def test_smoothing_vanishes_with_the_rows(k: int) -> None:
+    logits, target = sample(k, 40, k)
+    once = metrics.fit_temperature(logits, target, smoothing=1e-9)
+    few, many = (
+        metrics.fit_temperature(np.tile(logits, (times, 1)), np.tile(target, times)) / once - 1
+        for times in (5, 50)
+    )
+    assert few == pytest.approx(10 * many, rel=0.05)
+
+
+@pytest.mark.parametrize(("n", "k"), [(50, 10), (200, 2), (1000, 10)])
+def test_temperature_of_confident_logits_has_little_bias(n: int, k: int) -> None:
+    fitted = [metrics.fit_temperature(*sample(seed, n, k, scale=20.0)) for seed in range(40)]
+    assert abs(np.mean(np.log(fitted))) < 0.4
+
+
+@pytest.mark.parametrize("smoothing", [0.5, 1.0])
+def test_temperature_of_two_classes_and_one_gap(smoothing: float) -> None:
+    # Nine of ten samples right with the same gap g: with x = g / T and the share e of random
+    # labels, the probability of the wrong class solves q = (1 - e) / 10 + e / 2 - e / x.
     logits, target = np.tile([4.0, 0.0], (10, 1)), [0] * 9 + [1]
-    assert metrics.fit_temperature(logits, target) == pytest.approx(4 / math.log(9), rel=1e-12)
+    x = 4 / metrics.fit_temperature(logits, target, smoothing=smoothing)
+    share = smoothing / (10 + smoothing)
+    assert 1 / (1 + math.exp(x)) == pytest.approx((1 - share) / 10 + share / 2 - share / x)
+    # Without smoothing g / T = log 9.
+    plain = metrics.fit_temperature(logits, target, smoothing=1e-12)
+    assert plain == pytest.approx(4 / math.log(9))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_temperature_at_its_bounds(scale: float) -> None:
-    logits, target = sample(0, 50, 4)
-    separable = logits.argmax(1)
-    assert metrics.fit_temperature(scale * logits, separable) == math.exp(-7)
-    assert metrics.fit_temperature(scale * logits, logits.argmin(1)) == math.exp(7)
-    assert metrics.fit_temperature(np.full((50, 4), scale), target) == math.exp(7)
+def test_temperature_is_finite_at_the_edges(scale: float) -> None:
+    logits, _ = sample(0, 50, 4)
+    separated = metrics.fit_temperature(scale * logits, logits.argmax(1)) / scale
+    assert 0.05 < separated < 1
+    wrong = (1 - softmax(logits / separated, axis=1).max(axis=1)).sum()
+    assert 0.1 < wrong < 2  # rows, where none was
+    reversed_ = metrics.fit_temperature(scale * logits, logits.argmin(1)) / scale
+    assert 100 < reversed_ < 1e4
+    assert metrics.nll(logits / reversed_, logits.argmin(1)) == pytest.approx(math.log(4), abs=0.1)
+    assert metrics.fit_temperature(np.full((50, 4), scale), logits.argmax(1)) == 1.0
+
+
+def test_temperature_grows_with_the_rows_that_contradict_it() -> None:
+    fitted = [
+        metrics.fit_temperature(np.tile([1.0, 0.0], (n, 1)), np.ones(n, int))
+        for n in (100, 1000, 10_000)
+    ]
+    assert fitted[1] / fitted[0] == pytest.approx(10, rel=0.1)
+    assert fitted[2] / fitted[1] == pytest.approx(10, rel=0.01)
+
+
+def test_temperature_refuses_no_smoothing() -> None:
+    for smoothing in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="smoothing: expected a number > 0"):
+            metrics.fit_temperature(GOOD, [0, 1], smoothing=smoothing)
+
+
+def test_nll_is_refinement_plus_calibration() -> None:
+    test, validation = sample(1, 4000, 3), sample(2, 4000, 3)
+    parts = metrics.decompose_nll(5 * test[0], test[1], 5 * validation[0], validation[1])
+    assert parts.temperature == metrics.fit_temperature(5 * validation[0], validation[1])
+    assert parts.nll == metrics.nll(5 * test[0], test[1])
+    assert parts.refinement + parts.calibration == pytest.approx(parts.nll)
+    # The labels were drawn from softmax(test): that is what is left after scaling.
+    assert parts.refinement == pytest.approx(metrics.nll(*test), abs=1e-3)
+    assert parts.calibration > 0.5
+    calibrated = metrics.decompose_nll(*test, *validation)
+    assert calibrated.calibration == pytest.approx(0, abs=1e-3)
+
+
+def test_majority_baseline() -> None:
+    train, test = [0] * 5 + [1] * 12, [1, 1, 0, 1, 2]
+    result = metrics.majority_baseline(train, test, 3)
+    assert tuple(result) == KEYS
+    assert result["accuracy"] == 0.6
+    assert result["balanced_accuracy"] == pytest.approx(1 / 3)
+    share = [6 / 20, 13 / 20, 1 / 20]
+    assert result["nll"] == pytest.approx(-np.mean([math.log(share[y]) for y in test]))
+    with pytest.raises(ValueError, match=r"target: expected labels in \[0, 3\), got 3 in row 0"):
+        metrics.majority_baseline([3], test, 3)
+    with pytest.raises(ValueError, match=r"target: expected labels in \[0, 3\), got 4 in row 1"):
+        metrics.majority_baseline(train, [0, 4], 3)
 
 
 # --- Bootstrap ------------------------------------------------------------------------------------
@@ -577,10 +786,18 @@ def test_metrics_table() -> None:
     assert tuple(metrics.METRICS) == KEYS
     assert {name for name, m in metrics.METRICS.items() if m.higher_is_better} == {
         "accuracy",
+        "balanced_accuracy",
+        "macro_f1",
         "auroc",
         "margin",
     }
-    assert [name for name, m in metrics.METRICS.items() if m.percent] == ["accuracy"]
+    percent = [name for name, m in metrics.METRICS.items() if m.percent]
+    assert percent == ["accuracy", "balanced_accuracy", "macro_f1"]
     assert len({m.label for m in metrics.METRICS.values()}) == len(KEYS)
+    for name, value in metrics.evaluate(*sample(0, 30, 3)).items():
+        low, high = metrics.METRICS[name].bounds
+        assert low <= value <= high
+    assert metrics.METRICS["brier"].bounds == (0, 2)
+    assert metrics.METRICS["nll"].bounds == (0, math.inf)
     assert metrics.METRICS["accuracy"].format(0.93449) == "93.4"
     assert metrics.METRICS["nll"].format(1 / 3) == "0.333"

@@ -27,35 +27,44 @@ need("penex.metrics", "compare", "numpy", "scipy", "sklearn")
 
 import numpy as np  # noqa: E402
 from numpy.typing import ArrayLike, NDArray  # noqa: E402
+from scipy.fft import dct, idct  # noqa: E402
 from scipy.optimize import brentq  # noqa: E402
 from scipy.special import log_softmax, logsumexp, softmax  # noqa: E402
 
 __all__ = [
     "METRICS",
-    "TEMPERATURE_BOUNDS",
+    "Decomposition",
     "Metric",
     "Reliability",
     "Spread",
     "accuracy",
+    "aurc",
+    "balanced_accuracy",
     "bootstrap",
     "brier",
+    "calibration_floor",
     "classwise_ece",
     "confidence_auroc",
+    "decompose_nll",
     "ece",
     "evaluate",
     "fit_temperature",
+    "macro_f1",
+    "majority_baseline",
     "margin_bound",
     "margins",
     "nll",
     "reliability",
+    "row_values",
+    "smooth_ece",
     "spread",
 ]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.intp]
 
-TEMPERATURE_BOUNDS = (math.exp(-7), math.exp(7))
-"""Where :func:`fit_temperature` stops; a result at a bound says that the set cannot tell T."""
+SMOOTH_ECE_CELLS = 4096
+"""Cells of [0, 1] into which :func:`smooth_ece` rounds confidences, an error of at most 1/8192."""
 
 
 class Metric(NamedTuple):
@@ -64,6 +73,8 @@ class Metric(NamedTuple):
     label: str
     higher_is_better: bool
     percent: bool = False
+    bounds: tuple[float, float] = (0.0, 1.0)
+    """The lowest and the highest possible value."""
 
     def format(self, value: float) -> str:
         """The number without its unit: an accuracy of 0.934 is "93.4", an NLL of 1/3 "0.333"."""
@@ -79,15 +90,32 @@ class Spread(NamedTuple):
     """The variance of log Z."""
 
 
+class Decomposition(NamedTuple):
+    """What :func:`decompose_nll` returns; `refinement` + `calibration` is `nll`."""
+
+    nll: float
+    """Of the predictions as they are."""
+    refinement: float
+    """Of the predictions after temperature scaling: what a better scale cannot mend."""
+    calibration: float
+    """What temperature scaling gains; negative if it makes these rows worse."""
+    temperature: float
+    """T, fitted on other rows."""
+
+
 METRICS: Mapping[str, Metric] = {  # what `evaluate` returns, in its order
     "accuracy": Metric("Accuracy", higher_is_better=True, percent=True),
-    "nll": Metric("NLL", higher_is_better=False),
-    "brier": Metric("Brier", higher_is_better=False),
+    "balanced_accuracy": Metric("Balanced accuracy", higher_is_better=True, percent=True),
+    "macro_f1": Metric("Macro-F1", higher_is_better=True, percent=True),
+    "nll": Metric("NLL", higher_is_better=False, bounds=(0.0, math.inf)),
+    "brier": Metric("Brier", higher_is_better=False, bounds=(0.0, 2.0)),
     "ece": Metric("ECE", higher_is_better=False),
     "ece_mass": Metric("ECE (equal mass)", higher_is_better=False),
     "classwise_ece": Metric("Classwise ECE", higher_is_better=False),
+    "smooth_ece": Metric("Smooth ECE", higher_is_better=False),
     "auroc": Metric("AUROC", higher_is_better=True),
-    "margin": Metric("Margin", higher_is_better=True),
+    "aurc": Metric("AURC", higher_is_better=False),
+    "margin": Metric("Margin", higher_is_better=True, bounds=(-math.inf, math.inf)),
 }
 
 
@@ -123,6 +151,15 @@ class _Predictions:
     @cached_property
     def confidence(self) -> Floats:
         return np.asarray(np.exp(self.of(self.predicted)))
+
+    @cached_property
+    def log_odds(self) -> Floats:
+        """(N,) log(c / (1 - c)) of the confidence c, finite.
+
+        It orders as c does, without tying all that rounds to 1.
+        """
+        log_odds = self.of(self.predicted) - logsumexp(self.without(self.predicted), axis=1)
+        return np.asarray(np.nan_to_num(log_odds))  # +inf where every other class is masked
 
     def of(self, classes: Integers) -> Floats:
         """(N,) log-probabilities of one class per row."""
@@ -200,6 +237,20 @@ def _ece(p: _Predictions, bins: int, binning: str) -> float:
     return _binned_gap(p.confidence, p.correct, _bin_index(p.confidence, bins, binning))
 
 
+def _smooth_ece(confidence: Floats, correct: Floats) -> float:
+    cells = SMOOTH_ECE_CELLS
+    cell = np.minimum((confidence * cells).astype(np.intp), cells - 1)
+    gap = np.bincount(cell, weights=correct - confidence, minlength=cells) / confidence.size
+    # A Gaussian reflected at 0 and 1 is diffusion between walls: cosines, each with its own decay.
+    waves, decay = dct(gap), -0.5 * (math.pi * np.arange(cells)) ** 2
+
+    def excess(width: float) -> float:
+        return float(np.abs(idct(waves * np.exp(decay * width**2))).sum()) - width
+
+    # The error is at most 1, so at 2 the width is larger even with rounding.
+    return 0.0 if excess(0.0) <= 0 else min(float(brentq(excess, 0.0, 2.0)), 1.0)
+
+
 def _classwise_ece(p: _Predictions, bins: int) -> float:
     gaps = []
     for k, log_prob in enumerate(p.log_prob.T):
@@ -213,10 +264,34 @@ def _confidence_auroc(p: _Predictions) -> float:
 
     if p.correct.min() == p.correct.max():
         return math.nan
-    # log(c / (1 - c)) orders as the confidence c does, without tying all that round to 1. It is
-    # +inf where every other class is masked, which scikit-learn refuses.
-    log_odds = p.of(p.predicted) - logsumexp(p.without(p.predicted), axis=1)
-    return float(roc_auc_score(p.correct, np.nan_to_num(log_odds)))
+    return float(roc_auc_score(p.correct, p.log_odds))
+
+
+def _aurc(p: _Predictions) -> float:
+    """The mean over coverages i / N of the risk among the i most confident, ties in any order."""
+    levels, level = np.unique(p.log_odds, return_inverse=True)
+    count = np.bincount(level, minlength=len(levels))
+    risk = np.bincount(level, weights=1 - p.correct) / count
+    by_confidence = np.repeat(risk[::-1], count[::-1])
+    return float((by_confidence.cumsum() / np.arange(1, len(level) + 1)).mean())
+
+
+def _hits_and_sizes(p: _Predictions) -> tuple[Integers, Integers, Integers]:
+    """Per class: rows rightly predicted, rows of that label, rows of that prediction."""
+    k = p.log_prob.shape[1]
+    hits = np.bincount(p.target[p.correct == 1], minlength=k)
+    return hits, np.bincount(p.target, minlength=k), np.bincount(p.predicted, minlength=k)
+
+
+def _balanced_accuracy(p: _Predictions) -> float:
+    hits, labels, _ = _hits_and_sizes(p)
+    return float((hits[labels > 0] / labels[labels > 0]).mean())
+
+
+def _macro_f1(p: _Predictions) -> float:
+    hits, labels, predictions = _hits_and_sizes(p)
+    size = labels + predictions
+    return float((2 * hits[size > 0] / size[size > 0]).mean())
 
 
 def accuracy(logits: ArrayLike, target: ArrayLike) -> float:
@@ -230,6 +305,25 @@ def accuracy(logits: ArrayLike, target: ArrayLike) -> float:
         The share, in [0, 1].
     """
     return float(_predictions(logits, target).correct.mean())
+
+
+def balanced_accuracy(logits: ArrayLike, target: ArrayLike) -> float:
+    """The mean over classes of the share of their rows that are predicted rightly (recall).
+
+    Over the classes that have rows, as :func:`sklearn.metrics.balanced_accuracy_score`. Arguments
+    as in :func:`accuracy`.
+    """
+    return _balanced_accuracy(_predictions(logits, target))
+
+
+def macro_f1(logits: ArrayLike, target: ArrayLike) -> float:
+    """The mean over classes of F1, the harmonic mean of precision and recall.
+
+    As :func:`sklearn.metrics.f1_score` with ``average="macro"``: a class without rows counts, with
+    an F1 of 0, if it is predicted for any row; a class that is neither a label nor predicted does
+    not. Arguments as in :func:`accuracy`.
+    """
+    return _macro_f1(_predictions(logits, target))
 
 
 def nll(logits: ArrayLike, target: ArrayLike) -> float:
@@ -291,6 +385,50 @@ def classwise_ece(logits: ArrayLike, target: ArrayLike, *, bins: int = 15) -> fl
     return _classwise_ece(_predictions(logits, target), bins)
 
 
+def smooth_ece(logits: ArrayLike, target: ArrayLike) -> float:
+    r"""Smooth calibration error of the largest probability (Błasiok & Nakkiran, 2023), in [0, 1].
+
+    With confidences :math:`c_i`, :math:`a_i` = 1 for right predictions and a Gaussian kernel
+    :math:`K_\sigma` reflected at 0 and 1,
+
+    .. math:: \int_0^1 \Bigl|\frac1N \sum_i (a_i - c_i) K_\sigma(t, c_i)\Bigr|\, dt
+
+    at the one width :math:`\sigma` that it equals. Unlike :func:`ece` it has no bins to choose
+    and changes continuously with the predictions. As any calibration error it is above zero for
+    calibrated predictions, too: see :func:`calibration_floor`. Arguments as in :func:`accuracy`.
+    """
+    p = _predictions(logits, target)
+    return _smooth_ece(p.confidence, p.correct)
+
+
+def calibration_floor(
+    logits: ArrayLike, target: ArrayLike, *, draws: int = 200, seed: int = 0
+) -> float:
+    """The mean :func:`smooth_ece` if these very predictions were calibrated.
+
+    For each draw, row i is counted as right with the probability of its confidence. A smooth ECE
+    near this floor is no evidence of miscalibration.
+
+    Args:
+        logits: As in :func:`accuracy`.
+        target: As in :func:`accuracy`; checked, but without influence.
+        draws: How many sets to simulate.
+        seed: Of the simulation.
+
+    Returns:
+        The floor, of the order of 1 / sqrt(N).
+
+    Raises:
+        ValueError: Also if `draws` < 1.
+    """
+    if operator.index(draws) < 1:
+        raise ValueError(f"draws: expected at least 1, got {draws}")
+    confidence = _predictions(logits, target).confidence
+    rng = np.random.default_rng(seed)
+    simulated = (rng.random(confidence.size) < confidence for _ in range(draws))
+    return float(np.mean([_smooth_ece(confidence, right.astype(float)) for right in simulated]))
+
+
 def confidence_auroc(logits: ArrayLike, target: ArrayLike) -> float:
     """The chance that a right prediction has more confidence than a wrong one (area under ROC).
 
@@ -298,6 +436,16 @@ def confidence_auroc(logits: ArrayLike, target: ArrayLike) -> float:
     Confidences that float64 rounds to 1 keep their order.
     """
     return _confidence_auroc(_predictions(logits, target))
+
+
+def aurc(logits: ArrayLike, target: ArrayLike) -> float:
+    """Area under the risk-coverage curve (Geifman & El-Yaniv, 2017), in [0, 1]; lower is better.
+
+    The risk at coverage i / N is the share of wrong predictions among the i with the most
+    confidence; the area is the mean over i = 1 … N. Rows of equal confidence count as in the mean
+    over their orders. Arguments as in :func:`accuracy`.
+    """
+    return _aurc(_predictions(logits, target))
 
 
 def margins(logits: ArrayLike, target: ArrayLike) -> Floats:
@@ -356,37 +504,122 @@ def margin_bound(mean_loss: float, margin: float, sensitivity: float, penalty: f
     return mean_loss * growth / ((1 + sensitivity) * math.pow(penalty / sensitivity, exponent))
 
 
-def fit_temperature(logits: ArrayLike, target: ArrayLike) -> float:
-    """The temperature T that minimises the NLL of softmax(logits / T) (Guo et al., 2017).
+def fit_temperature(logits: ArrayLike, target: ArrayLike, *, smoothing: float = 0.1) -> float:
+    r"""The temperature T for softmax(logits / T) (Guo et al., 2017), with a little smoothing.
 
-    The NLL is convex in 1 / T; the root of its derivative is sought over log T in [-7, 7].
+    The maximum of the likelihood is no usable estimate at the edges: T is zero if every label has
+    the largest logit, and infinite if the logits say nothing of the labels. So a share
+    :math:`\varepsilon = s / (N + s)` of every label goes to all classes evenly (Laplace
+    smoothing), as if s of N + s rows had random labels, and T has a price of the same weight:
+
+    .. math:: (1 - \varepsilon)\, \mathrm{NLL}(T)
+        + \varepsilon \Bigl(-\frac1{NK} \sum_{ik} \log p_{ik}(T) + \log T\Bigr)
+
+    is convex in 1 / T and has one minimum, at a finite T > 0, which scales with the logits. With s
+    fixed the bias vanishes as 1 / N.
 
     Args:
         logits: As in :func:`accuracy`, of samples that the network was not trained on.
         target: As in :func:`accuracy`.
+        smoothing: s > 0, in rows. A random label costs as much as the network is sure, so a whole
+            row is too much: for labels drawn from softmax(logits) of 50 rows, 10 classes and an
+            accuracy of 95 %, T is 3 times too large on average, and 1.35 times with a tenth of a
+            row, which also came out best or close to it for 2 classes, 1,000 rows and lower
+            accuracies.
 
     Returns:
-        T. A bound means that these samples cannot tell T: exp(-7) if every label has the largest
-        logit (smaller is always better, but the first error on new samples then costs hundreds of
-        nats), exp(7) (uniform probabilities) if the logits say nothing of the labels, or are
-        constant.
+        T. If the logits contradict the labels it is large, up to N / s times their range: the
+            probabilities are then uniform for all purposes. 1 if the logits of every row are equal,
+            as no T changes their probabilities.
+
+    Raises:
+        ValueError: Also if `smoothing` is not positive and finite.
     """
+    if not 0 < smoothing < math.inf:
+        raise ValueError(f"smoothing: expected a number > 0, got {smoothing}")
     p = _predictions(logits, target)
-    lead = p.log_prob - p.of(p.target)[:, None]
-    finite_lead = np.where(np.isfinite(lead), lead, 0.0)  # a class of probability 0 adds nothing
+    possible = np.isfinite(p.log_prob)  # a masked class takes no part
+    lead = p.log_prob - p.of(p.predicted)[:, None]
+    finite_lead = np.where(possible, lead, 0.0)
+    scale = -float(finite_lead.min())
+    if scale == 0:
+        return 1.0
+    lead, finite_lead = lead / scale, finite_lead / scale
+    share = smoothing / (len(lead) + smoothing)
+    label = finite_lead[np.arange(len(lead)), p.target]
+    even = finite_lead.sum(axis=1) / possible.sum(axis=1)
+    expected = float(((1 - share) * label + share * even).mean())
 
-    def slope(log_temperature: float) -> float:
-        """dNLL / d(1 / T): the mean of sum_j p_j z_j - z_y."""
-        prob = softmax(lead * math.exp(-log_temperature), axis=1)
-        return float(np.vdot(prob, finite_lead)) / len(prob)
+    def slope(log_inverse: float) -> float:
+        """1 / T times the derivative of the objective by 1 / T, which has its sign."""
+        inverse = math.exp(log_inverse)
+        prob = softmax(lead * inverse, axis=1)
+        return inverse * (float(np.vdot(prob, finite_lead)) / len(prob) - expected) - share
 
-    lowest, highest = TEMPERATURE_BOUNDS
-    low, high = math.log(lowest), math.log(highest)
-    if slope(high) >= 0:
-        return highest
-    if slope(low) <= 0:
-        return lowest
-    return math.exp(float(brentq(slope, low, high)))
+    low, high = -1.0, 1.0
+    while slope(low) >= 0:
+        low *= 2
+    while slope(high) <= 0:
+        high *= 2
+    return scale * math.exp(-float(brentq(slope, low, high)))
+
+
+def decompose_nll(
+    logits: ArrayLike,
+    target: ArrayLike,
+    validation_logits: ArrayLike,
+    validation_target: ArrayLike,
+    *,
+    smoothing: float = 0.1,
+) -> Decomposition:
+    """The NLL as refinement error plus calibration error (arXiv 2501.19195).
+
+    The refinement error is the least NLL that a map of the predictions could reach, the
+    calibration error what that map gains. Here the map is temperature scaling, fitted on rows
+    other than those it is measured on, so the calibration error may be slightly negative.
+
+    Args:
+        logits: As in :func:`accuracy`, of the test rows.
+        target: As in :func:`accuracy`, of the test rows.
+        validation_logits: (M, K) of the rows on which the temperature is fitted.
+        validation_target: (M,) their labels.
+        smoothing: As in :func:`fit_temperature`.
+
+    Returns:
+        The NLL of the test rows, its two parts and the temperature.
+    """
+    temperature = fit_temperature(validation_logits, validation_target, smoothing=smoothing)
+    p = _predictions(logits, target)
+    total = float(-p.of(p.target).mean())
+    refinement = nll(p.log_prob / temperature, p.target)
+    return Decomposition(total, refinement, total - refinement, temperature)
+
+
+def majority_baseline(
+    train_target: ArrayLike, test_target: ArrayLike, num_classes: int
+) -> dict[str, float]:
+    """All of :data:`METRICS` of predicting the class shares of the training rows for every row.
+
+    Its accuracy is that of the majority class; of equally frequent classes the first is predicted.
+    Each class counts one row more than it has, so that a class without training rows does not
+    make the NLL infinite.
+
+    Args:
+        train_target: (M,) integer labels in [0, `num_classes`).
+        test_target: (N,) integer labels in [0, `num_classes`).
+        num_classes: K >= 2.
+
+    Returns:
+        As :func:`evaluate`.
+
+    Raises:
+        ValueError: As all functions here.
+        TypeError: As all functions here.
+    """
+    labels = _array(train_target)
+    checked = _predictions(np.zeros((len(labels), num_classes)), labels)
+    share = np.bincount(checked.target, minlength=num_classes) + 1
+    return evaluate(np.tile(np.log(share), (len(_array(test_target)), 1)), test_target)
 
 
 def reliability(logits: ArrayLike, target: ArrayLike, *, bins: int = 15) -> Reliability:
@@ -417,13 +650,34 @@ def evaluate(logits: ArrayLike, target: ArrayLike, *, bins: int = 15) -> dict[st
     p = _predictions(logits, target)
     return {
         "accuracy": float(p.correct.mean()),
+        "balanced_accuracy": _balanced_accuracy(p),
+        "macro_f1": _macro_f1(p),
         "nll": float(-p.of(p.target).mean()),
         "brier": float(_brier(p).mean()),
         "ece": _ece(p, bins, "width"),
         "ece_mass": _ece(p, bins, "mass"),
         "classwise_ece": _classwise_ece(p, bins),
+        "smooth_ece": _smooth_ece(p.confidence, p.correct),
         "auroc": _confidence_auroc(p),
+        "aurc": _aurc(p),
         "margin": float(_margins(p).mean()),
+    }
+
+
+def row_values(logits: ArrayLike, target: ArrayLike) -> dict[str, Floats]:
+    """Per row, the metrics of :func:`evaluate` that are means over rows.
+
+    Arguments as in :func:`accuracy`.
+
+    Returns:
+        (N,) for "accuracy" (1 for right, 0 for wrong), "nll", "brier" and "margin".
+    """
+    p = _predictions(logits, target)
+    return {
+        "accuracy": p.correct,
+        "nll": -p.of(p.target),
+        "brier": _brier(p),
+        "margin": _margins(p),
     }
 
 
