@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penex.compare.config import Config, configure
-from penex.compare.errors import CompareError
+from penex.compare.errors import CompareError, named
 from penex.compare.registry import DEFAULT_LOSSES
 
 
@@ -87,7 +87,7 @@ def test_values_out_of_range_are_refused(options: dict[str, Any], name: str, got
     with pytest.raises(CompareError) as refusal:
         configure(**options)
     message = str(refusal.value)
-    assert message.startswith(f"{name}: Input should be ")
+    assert message.startswith(f"{named(name)}: Input should be ")
     assert message.endswith(f", got {got}")
 
 
@@ -126,7 +126,9 @@ def test_losses_that_are_refused(losses: list[str], message: str) -> None:
 
 
 def test_tuning_with_test_rows_of_each_seed_is_refused() -> None:
-    with pytest.raises(CompareError, match=r"^test_split: expected once with tuning, got per-seed"):
+    with pytest.raises(
+        CompareError, match=r"^test_split \(--test-split\): expected once with tuning, got per-seed"
+    ):
         configure(tune=3, test_split="per-seed")
     assert configure(test_split="per-seed").test_split == "per-seed"
 
