@@ -109,7 +109,8 @@ def draw_rows(dataset: Dataset, seed: int, config: Config) -> list[Rows]:
             raise CompareError(
                 f"{named('train_size')} must be at most {most}; got {n_train}. Of {len(pool)} "
                 f"rows of {dataset.name} to draw from, {n_test} are for test, and {n_train} "
-                f"training rows need {n_validation} for validation ({named('validation_size')}: {share})."
+                f"training rows need {n_validation} for validation (a share of {share}, "
+                f"{named('validation_size')})."
             )
     drawn = {"training": n_train}
     if "validation" not in given:
