@@ -280,9 +280,15 @@ def test_a_refusal_of_the_real_command(tmp_path: Path) -> None:
         (["iris", "--losses=penex,penex"], "losses: a loss is named twice"),
         (["iris", "--losses=label-smoothing=2"], "losses: expected label-smoothing=NUMBER"),
         (["iris", "--seeds=0"], "seeds: Input should be greater than or equal to 1, got 0"),
-        (["iris", "--train-size=0"], "train_size: Input should be greater than 0, got 0"),
-        (["iris", "--train-size=140"], "train_size must be at most 90; got 140"),
-        (["iris", "--label-noise=1"], "label_noise: Input should be less than 1, got 1.0"),
+        (
+            ["iris", "--train-size=0"],
+            r"train_size \(--train-size\): Input should be greater than 0, got 0",
+        ),
+        (["iris", "--train-size=140"], r"train_size \(--train-size\) must be at most 90; got 140"),
+        (
+            ["iris", "--label-noise=1"],
+            r"label_noise \(--label-noise\): Input should be less than 1, got 1.0",
+        ),
         (["iris", "--lr=-1"], "lr: Input should be greater than 0, got -1.0"),
         (["iris", "--config=absent.yaml"], "config: cannot read absent.yaml: No such file"),
     ],

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from penex.compare.config import Config, configure
-from penex.compare.errors import CompareError
-from penex.compare.registry import DEFAULT_LOSSES
+from penex.compare.errors import CompareError, named
+from penex.compare.registry import DEFAULT_LOSSES, contender
 
 
 def test_the_demonstration_is_little_data() -> None:
@@ -87,7 +88,7 @@ def test_values_out_of_range_are_refused(options: dict[str, Any], name: str, got
     with pytest.raises(CompareError) as refusal:
         configure(**options)
     message = str(refusal.value)
-    assert message.startswith(f"{name}: Input should be ")
+    assert message.startswith(f"{named(name)}: Input should be ")
     assert message.endswith(f", got {got}")
 
 
@@ -126,7 +127,9 @@ def test_losses_that_are_refused(losses: list[str], message: str) -> None:
 
 
 def test_tuning_with_test_rows_of_each_seed_is_refused() -> None:
-    with pytest.raises(CompareError, match=r"^test_split: expected once with tuning, got per-seed"):
+    with pytest.raises(
+        CompareError, match=r"^test_split \(--test-split\): expected once with tuning, got per-seed"
+    ):
         configure(tune=3, test_split="per-seed")
     assert configure(test_split="per-seed").test_split == "per-seed"
 
@@ -155,6 +158,14 @@ def test_one_loss_with_several_values() -> None:
         "penex=0.1",
         "penex=1e-3",
     )
+
+
+def test_values_that_differ_in_the_last_digit_are_two_losses() -> None:
+    losses = ("penex=0.1234567", f"penex={np.nextafter(0.1234567, 1)}", "penex=0.123457")
+    assert configure(losses=losses).losses == losses
+    labels = [contender(spec).label for spec in losses]
+    assert labels[0] == "PENEX α=0.1234567"
+    assert len(set(labels)) == 3
 
 
 @pytest.mark.parametrize(

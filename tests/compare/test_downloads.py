@@ -96,9 +96,9 @@ def test_download_refusals(served: Path, cache: Path, monkeypatch: pytest.Monkey
     offer(monkeypatch, "sonar", f"{url}/s.csv", "sha256:" + "0" * 64)
     fails(r"cannot use http.*does not match the known hash")
     offer(monkeypatch, "sonar", f"{url}/none.csv", good)
-    fails(r"cannot download .*none.csv: 404 .*holds sonar.csv \(data_dir\)")
+    fails(r"cannot download .*none.csv: 404 .*holds sonar.csv \(--data-dir\)")
     offer(monkeypatch, "sonar", "http://127.0.0.1:9/s.csv", good)
-    fails(r"cannot download http://127\.0\.0\.1:9/s\.csv: .*data_dir")
+    fails(r"cannot download http://127\.0\.0\.1:9/s\.csv: .*--data-dir")
     offer(monkeypatch, "sonar", f"{url}/s.csv", good)
     with full(1000):
         fails(r"no space left in .*downloads for sonar\.csv .*PENEX_CACHE")

@@ -90,10 +90,10 @@ def test_columns_are_chosen(tmp_path: Path) -> None:
     }
     folder = write(tmp_path, features, train=columns)
     with pytest.raises(
-        CompareError, match=r"\(target\); its columns 'fine', 'coarse' hold classes"
+        CompareError, match=r"\(--target\); its columns 'fine', 'coarse' hold classes"
     ):
         read(folder, text="question")
-    with pytest.raises(CompareError, match=r"\(text\), one of 'question', 'answer', 'plain'"):
+    with pytest.raises(CompareError, match=r"\(--text\), one of 'question', 'answer', 'plain'"):
         read(folder, target="fine")
     with pytest.raises(CompareError, match=r"no column 'coarce'.*mean 'coarse'"):
         read(folder, target="coarce")
@@ -223,7 +223,7 @@ def test_refusals(tmp_path: Path) -> None:
         folder,
         parts="validation-as-test",
     )
-    fails(r"data_dir: .* has no use", folder, data_dir="x")
+    fails(r"data_dir \(--data-dir\): .* has no use", folder, data_dir="x")
     one = write(tmp_path / "one", TEXT, train=rows(30))
     fails(r"parts: .* has no part test; it has 'train'", one, parts="test")
     zero = write(tmp_path / "zero", IMAGE, train={"img": [], "label": []})
@@ -261,7 +261,9 @@ def test_no_space(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["hub:SetFit/bbc-news", "bbc-news", "imagenet"])
 def test_unreachable_hub(name: str) -> None:
-    with pytest.raises(CompareError, match=r"cannot read hub:\w+/[\w-]+: Couldn't reach.*data_dir"):
+    with pytest.raises(
+        CompareError, match=r"cannot read hub:\w+/[\w-]+: Couldn't reach.*--data-dir"
+    ):
         read(name)
 
 

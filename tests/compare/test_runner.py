@@ -341,10 +341,13 @@ def test_more_seeds_and_losses_join(make: Make, copy: Path, tmp_path: Path) -> N
     ("options", "changed"),
     [
         ({"epochs": 4}, "epochs was 3, is 4"),
-        ({"lr": 0.01, "batch_size": 8}, "lr was 0.001, is 0.01; batch_size was 64, is 8"),
+        (
+            {"lr": 0.01, "batch_size": 8},
+            "lr was 0.001, is 0.01; batch_size (--batch-size) was 64, is 8",
+        ),
         ({"hidden": (8,)}, "hidden was [128, 128], is [8]"),
-        ({"train_size": 50}, "train_size was None, is 50"),
-        ({"label_noise": 0.1}, "label_noise was 0.0, is 0.1"),
+        ({"train_size": 50}, "train_size (--train-size) was None, is 50"),
+        ({"label_noise": 0.1}, "label_noise (--label-noise) was 0.0, is 0.1"),
         ({"tune": 2}, "tune was 0, is 2"),
         ({"data": "wine"}, "data was iris with 150 rows, content "),
     ],

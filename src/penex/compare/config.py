@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from penex.compare.errors import CompareError
+from penex.compare.errors import CompareError, named
 from penex.compare.registry import DEFAULT_LOSSES, contender
 
 Positive = Annotated[int, Field(gt=0)]
@@ -119,8 +119,8 @@ class Config(BaseModel):
     def _tuning_sees_no_test_rows(self) -> "Config":
         if self.tune and self.test_split == "per-seed":
             raise ValueError(
-                "test_split: expected once with tuning, got per-seed: the rows on which seed 0 is "
-                "tuned would be test rows of other seeds"
+                f"{named('test_split')}: expected once with tuning, got per-seed: the rows on "
+                "which seed 0 is tuned would be test rows of other seeds"
             )
         return self
 
@@ -204,7 +204,8 @@ def configure(path: Path | None = None, **options: Any) -> Config:
         return Config(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
+        head, *rest = first["loc"] or [""]
+        name = ".".join([named(str(head)), *map(str, rest)])
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"unknown setting; known: {', '.join(Config.model_fields)}"

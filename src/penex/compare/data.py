@@ -13,7 +13,7 @@ import pandas as pd
 
 from penex.compare.config import Config
 from penex.compare.dataset import Content, Dataset, Texts, did_you_mean, listed
-from penex.compare.errors import CompareError
+from penex.compare.errors import CompareError, named
 from penex.compare.images import Images
 from penex.compare.sources.arrays import BUNDLED, read_bundled, read_npz, two_gaussians
 from penex.compare.sources.download import DOWNLOADS, read_pathmnist, read_sonar
@@ -122,7 +122,8 @@ def _takes(config: Config, *options: str) -> None:
         value = getattr(config, option)
         if option not in options and value != Config.model_fields[option].default:
             raise CompareError(
-                f"{option}: {config.data} has no use for it, but {value!r} was given; leave it out."
+                f"{named(option)}: {config.data} has no use for it, but {value!r} was "
+                "given; leave it out."
             )
 
 
@@ -170,7 +171,7 @@ def _check_classes(content: Content, source: str) -> None:
         if (unknown := np.flatnonzero((present > 0) & (counts == 0))).size:
             raise CompareError(
                 f"{source}: no training rows of {listed(classes[c] for c in unknown)}, which the "
-                f"{part} part has. Add some, or name the classes to keep (classes)."
+                f"{part} part has. Add some, or name the classes to keep (--classes)."
             )
     drawn = ["training", *(part for part in ("validation", "test") if part not in given)]
     if (rare := np.flatnonzero(counts < len(drawn))).size:

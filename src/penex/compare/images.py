@@ -19,7 +19,7 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from penex._extras import need
-from penex.compare.errors import CompareError
+from penex.compare.errors import CompareError, named
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -147,7 +147,7 @@ class Encoded:
         if image.size != (width, height):
             raise ValueError(
                 f"it is {image.width} x {image.height}, others are {width} x {height} (width x "
-                "height): set image_size to resize all"
+                f"height): set {named('image_size')} to resize all"
             )
         return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
@@ -197,7 +197,7 @@ def _surveyed(pictures: Pictures, image_size: int | None) -> Encoded:
                 raise CompareError(
                     f"images differ in size: {pictures.name(0)} is {first[0]} x {first[1]}, "
                     f"{pictures.name(row)} is {image.width} x {image.height} (width x height); "
-                    "set image_size to resize all."
+                    f"set {named('image_size')} to resize all."
                 )
     width, height = (image_size, image_size) if image_size else first or (0, 0)
     return Encoded(pictures, (1 if grey else 3, height, width), resize=image_size is not None)

@@ -18,7 +18,7 @@ import pandas as pd
 
 from penex._extras import need
 from penex.compare.dataset import Dataset, Features, Texts, did_you_mean
-from penex.compare.errors import CompareError
+from penex.compare.errors import CompareError, named
 from penex.compare.images import Images
 
 if TYPE_CHECKING:
@@ -208,8 +208,8 @@ def _check_picture(name: str, dataset: Dataset, options: Mapping[str, Any]) -> N
     if height % patch or width % patch:
         raise CompareError(
             f"model: {name} cuts pictures into squares of {patch} x {patch}; expected multiples "
-            f"of {patch}, {dataset.name} has {height} x {width}. Set image_size, or patch in "
-            "model_options."
+            f"of {patch}, {dataset.name} has {height} x {width}. Set "
+            f"{named('image_size')}, or patch in model_options."
         )
 
 
@@ -334,7 +334,7 @@ def _transformers_image(
     if size is not None and tuple(size) != (height, width):
         raise CompareError(
             f"model: transformers:{name} takes pictures of {size[0]} x {size[1]}, these have "
-            f"{height} x {width}. Set image_size."
+            f"{height} x {width}. Set {named('image_size')}."
         )
     takes = getattr(config, "num_channels", channels)
     if channels not in (1, takes):

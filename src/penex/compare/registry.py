@@ -309,7 +309,7 @@ class Contender:
         """The name in tables and pictures."""
         if self.value is None or self.loss.knob is None:
             return self.loss.label
-        return f"{self.loss.label} {self.loss.knob.symbol}={self.value:g}"
+        return f"{self.loss.label} {self.loss.knob.symbol}={exact(self.value)}"
 
     @property
     def untuned(self) -> float:
@@ -317,6 +317,12 @@ class Contender:
         if self.loss.knob is None:
             return math.nan
         return self.loss.knob.default if self.value is None else self.value
+
+
+def exact(value: float) -> str:
+    """A number with six digits, or with as many as tell it from every other."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def contender(spec: str) -> Contender:

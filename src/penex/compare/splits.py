@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from penex.compare.config import Config
 from penex.compare.dataset import Dataset, Texts
-from penex.compare.errors import CompareError
+from penex.compare.errors import CompareError, named
 from penex.compare.images import Images
 from penex.compare.scaling import Components, scale_as_a_whole, scale_columns
 
@@ -107,9 +107,10 @@ def draw_rows(dataset: Dataset, seed: int, config: Config) -> list[Rows]:
         if n_train + n_validation > rest:
             most = next(n for n in range(rest, -1, -1) if n + round(n * ratio) <= rest)
             raise CompareError(
-                f"train_size must be at most {most}; got {n_train}. Of {len(pool)} rows of "
-                f"{dataset.name} to draw from, {n_test} are for test, and {n_train} training rows "
-                f"need {n_validation} for validation (validation_size {share})."
+                f"{named('train_size')} must be at most {most}; got {n_train}. Of {len(pool)} "
+                f"rows of {dataset.name} to draw from, {n_test} are for test, and {n_train} "
+                f"training rows need {n_validation} for validation (a share of {share}, "
+                f"{named('validation_size')})."
             )
     drawn = {"training": n_train}
     if "validation" not in given:
@@ -121,8 +122,8 @@ def draw_rows(dataset: Dataset, seed: int, config: Config) -> list[Rows]:
             sizes = ", ".join(f"{name} {size}" for name, size in drawn.items())
             raise CompareError(
                 f"{dataset.name} has {k} classes, so each part needs at least {k} rows; the {name} "
-                f"part would have {size} ({sizes}). Change train_size, validation_size or "
-                "test_size."
+                f"part would have {size} ({sizes}). Change "
+                f"{named('train_size')}, {named('validation_size')} or {named('test_size')}."
             )
 
     parts = {}

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from penex.compare.config import Config
 from penex.compare.data import Dataset
-from penex.compare.errors import CompareError
+from penex.compare.errors import CompareError, named
 
 CHECKPOINT = "resume.ckpt"
 """In the folder of an unfinished run: all that it needs to go on."""
@@ -103,7 +103,7 @@ def claim(folder: Path, config: Config, dataset: Dataset) -> None:
         config_before, data_before = read_comparison(folder)
         before, now = config_before.fixed(), config.fixed()
         changed = [
-            f"{name} was {before[name]!r}, is {now[name]!r}"
+            f"{named(name)} was {before[name]!r}, is {now[name]!r}"
             for name in now
             if before[name] != now[name]
         ]

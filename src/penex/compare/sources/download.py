@@ -121,6 +121,6 @@ def _fetched(download: Download) -> Path:
         reason = shorten(str(error), 150)
         raise CompareError(
             f"cannot download {download.url}: {reason}. Without a connection, name a folder that "
-            f"holds {download.file} (data_dir)."
+            f"holds {download.file} (--data-dir)."
         ) from error
     return Path(file)

@@ -137,7 +137,7 @@ def _load(source: str, data_dir: str | None) -> "dict[str, HubDataset]":
         reason = shorten(str(error), 250)
         hint = (
             " If the hub cannot be reached from here, name a folder with the data set's Parquet "
-            "files (data_dir)."
+            "files (--data-dir)."
             if hub and not data_dir
             else ""
         )
@@ -161,7 +161,7 @@ def _target(features: Any, target: str | None, source: str) -> str:
     if len(found) != 1:
         many = f"its columns {listed(found)} hold classes" if found else "no column holds classes"
         raise CompareError(
-            f"{source}: name the column to predict (target); {many} among {listed(features)}."
+            f"{source}: name the column to predict (--target); {many} among {listed(features)}."
         )
     return str(found[0])
 
@@ -194,7 +194,7 @@ def _input(features: Any, target: str, text: str | None, source: str) -> tuple[s
     if len(images) > 1:
         raise CompareError(f"{source}: expected one column of images; it has {listed(images)}.")
     raise CompareError(
-        f"{source}: name the column with the text to classify (text), one of {listed(strings)}."
+        f"{source}: name the column with the text to classify (--text), one of {listed(strings)}."
         if strings
         else f"{source} has no column of images or of text; its columns are {listed(features)}."
     )
@@ -211,8 +211,8 @@ def _refuse_unlabelled(labels: dict[str, pd.Series], coded: bool, source: str) -
         if missing and (coded or missing == len(values)):
             raise CompareError(
                 f"{source}: {missing} of {len(values)} rows of the part {part!r} have "
-                "no label (-1 or none). If the test labels are held back, parts: "
-                "validation-as-test does without them."
+                "no label (-1 or none). If the test labels are held back, "
+                "--parts validation-as-test does without them."
             )
 
 

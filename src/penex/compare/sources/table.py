@@ -46,7 +46,7 @@ def read_table(path: Path, ending: str, target: str | None, text: str | None) ->
         )
     columns = f"its columns are {listed(names)}"
     if target is None:
-        raise CompareError(f"{path} is a table: name the column to predict (target); {columns}.")
+        raise CompareError(f"{path} is a table: name the column to predict (--target); {columns}.")
     for name in (target, text):
         if name is not None and name not in frame.columns:
             hint = did_you_mean(name, names)
