@@ -1,7 +1,8 @@
 """Figures by name, drawn from the saved files of one comparison or several.
 
-Each is a function from :class:`~penex.compare.plots.Comparison` objects to a Matplotlib figure; :data:`FIGURES` has them
-by name. No model runs again, except where a figure is of a model's function: then from checkpoints.
+Each is a function from :class:`~penex.compare.plots.Comparison` objects to a Matplotlib figure;
+:data:`FIGURES` has them by name. No network runs again, except where a figure shows its function:
+then it is loaded from its checkpoint.
 """
 
 import math

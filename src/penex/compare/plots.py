@@ -176,8 +176,13 @@ def gather(folder: Path, results: dict[str, Any]) -> list[Evidence]:
                 for run in runs
                 if run["validation"].get(config.select)
             ]
-            style, tested = look[loss["spec"]], _tested(folder, config, runs)
-            found.append(Evidence(loss["spec"], loss["label"], *style, columns, selected, *tested))
+            style = look[loss["spec"]]
+            diagrams, margin, error = _tested(folder, config, runs)
+            found.append(
+                Evidence(
+                    loss["spec"], loss["label"], *style, columns, selected, diagrams, margin, error
+                )
+            )
     return found
 
 

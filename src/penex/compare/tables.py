@@ -97,7 +97,7 @@ def _of_majority(results: dict[str, Any], name: str, scaling: str) -> Cell:
 def _calibration(table: dict[str, Any], spec: str) -> Cell:
     """NLL less NLL after temperature scaling."""
     whole, refined = (table[scaling]["nll"][spec]["mean"] for scaling in ("link", "scaled"))
-    return Cell("–" if whole is None else METRICS["nll"].format(whole - refined))
+    return Cell("–" if whole is None else METRICS["nll"].format(whole - refined).replace("-", "−"))
 
 
 def span(epochs: Sequence[int | None]) -> str:
@@ -303,19 +303,22 @@ def ranking(title: str, board: Leaderboard, picture: str) -> Ranking:
     if against:
         header += [f"Wins against {reference.lower()}, %", "Adjusted p"]
     lines = []
-    for loss, rank in board.ranks.iterrows():
-        line = [str(loss), f"{rank['rank']:.2f}", f"{100 * rank['wins']:.0f}"]
+    rates, low, high, p_values = (
+        dict(zip(table.index, table[reference].to_numpy(float), strict=True)) if against else {}
+        for table in (board.win_rates, board.win_low, board.win_high, board.p_values)
+    )
+    for loss, rank, wins in zip(
+        board.ranks.index,
+        board.ranks["rank"].to_numpy(float),
+        board.ranks["wins"].to_numpy(float),
+        strict=True,
+    ):
+        line = [str(loss), f"{rank:.2f}", f"{100 * wins:.0f}"]
         if against and loss == reference:
             line += ["–", "–"]
         elif against:
-            rate, low, high = (
-                100 * ends.loc[loss, reference]
-                for ends in (board.win_rates, board.win_low, board.win_high)
-            )
-            line += [
-                f"{rate:.0f} [{low:.0f}, {high:.0f}]",
-                f"{board.p_values.loc[loss, reference]:.2g}",
-            ]
+            ends = f"{100 * low[loss]:.0f}, {100 * high[loss]:.0f}"
+            line += [f"{100 * rates[loss]:.0f} [{ends}]", f"{p_values[loss]:.2g}"]
         lines.append(line)
     count = f"{board.data_sets} comparisons of {board.blocks} data sets"
     test = "" if math.isnan(board.friedman) else f"; Friedman test p = {board.friedman:.2g}"
@@ -478,7 +481,7 @@ def _stacked(text: str) -> str:
 def selections_terminal(results: dict[str, Any]) -> Table:
     """For Rich to print: all selections side by side."""
     table = Table(
-        title="By selected epoch: accuracy %, NLL, NLL (T)",
+        title="By selected epoch: accuracy %; NLL, NLL (T)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -489,8 +492,8 @@ def selections_terminal(results: dict[str, Any]) -> Table:
         table.add_column(f"{title} ", justify="right")
     for label, found in selections(results):
         cells = []
-        for epochs, *values in found.values():
-            cell = Text(f"{' '.join(values)} ")
+        for epochs, accuracy, *nll in found.values():
+            cell = Text(f"{accuracy} \n{' '.join(nll)} ")
             cell.append(f"\n{epochs} ", style="dim")
             cells.append(cell)
         table.add_row(Text(label), *cells)

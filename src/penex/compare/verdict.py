@@ -54,16 +54,22 @@ def recommendation(results: dict[str, Any]) -> str:
             f"No recommendation yet: {n} seed{'s' * (n != 1)} in common, and at least {MIN_SEEDS} "
             f"are needed to tell a difference from chance. {_sentence_of_best(results, best)}"
         )
-    if primary["better"]:
-        return _switch(results)
+    better = primary["better"]
+    if primary["best"] in better:
+        return _switch(results, primary["best"])
+    if better:
+        return _consider(results, min(better, key=lambda spec: _rank(results, spec)))
     return _keep(results)
 
 
-def _switch(results: dict[str, Any]) -> str:
-    """At least one loss is better than the reference."""
+def _rank(results: dict[str, Any], spec: str) -> float:
+    value = float(primary_column(results)[spec]["mean"])
+    return -value if METRICS[results["primary"]["metric"]].higher_is_better else value
+
+
+def _switch(results: dict[str, Any], best: str) -> str:
+    """The best loss is better than the reference."""
     primary = results["primary"]
-    group = [spec for spec in primary["best_group"] if spec in primary["better"]]
-    best = group[0] if group else primary["better"][0]
     text = f"Train with {_with_settings(results, best)}: {_improvement(results, best)}."
     others = [spec for spec in primary["best_group"] if spec != best]
     if others:
@@ -72,6 +78,17 @@ def _switch(results: dict[str, Any]) -> str:
     if also:
         text += f" Also better than {REFERENCE_NAME}: {_named(results, also)}."
     return f"{text} {_how_to_stop(results, best)}"
+
+
+def _consider(results: dict[str, Any], spec: str) -> str:
+    """A loss is better than the reference, but the best one is not, as it varies too much."""
+    best = results["primary"]["best"]
+    value = METRICS[results["primary"]["metric"]].format(primary_column(results)[best]["mean"])
+    return (
+        f"Consider {_with_settings(results, spec)}: {_improvement(results, spec)}. The best value, "
+        f"{value}, is that of {_named(results, [best])}, whose difference to {REFERENCE_NAME} is "
+        f"not certain; more seeds may tell. {_how_to_stop(results, spec)}"
+    )
 
 
 def _keep(results: dict[str, Any]) -> str:
@@ -104,8 +121,12 @@ def _how_to_stop(results: dict[str, Any], spec: str) -> str:
     about = round(mean(epochs))
     if about >= LATE * total:
         return f"Train for {total} epochs or longer: the best epoch is at the end of training."
-    after = " and scale the temperature" if results["primary"]["scaling"] == "scaled" else ""
-    return f"Stop at about epoch {about} of {total}, by validation rows{after}."
+    how = {
+        "refined": "the lowest validation NLL after temperature scaling, and scale the temperature",
+        "nll": "the lowest validation NLL",
+        "accuracy": "the highest validation accuracy",
+    }[selection]
+    return f"Stop early, at {how} (here about epoch {about} of {total})."
 
 
 def _improvement(results: dict[str, Any], spec: str) -> str:
@@ -145,13 +166,9 @@ def _with_settings(results: dict[str, Any], spec: str) -> str:
 
 
 def settings(loss: dict[str, Any]) -> str:
-    """Hyperparameter and learning rate of a loss, as in "α 0.1, learning rate 0.001"."""
-    parts = []
-    if loss["knob"] and loss["value"] is not None:
-        parts.append(f"{loss['knob']} {loss['symbol']} = {loss['value']:.3g}")
-    if loss["lr"] is not None:
-        parts.append(f"learning rate {loss['lr']:.3g}")
-    return ", ".join(parts)
+    """Hyperparameter and learning rate of a loss, as in "α = 0.1, lr = 0.001"."""
+    values = [(loss["symbol"], loss["value"]), ("lr", loss["lr"])]
+    return ", ".join(f"{name} = {value:.3g}" for name, value in values if value is not None)
 
 
 def warnings(results: dict[str, Any]) -> list[str]:
