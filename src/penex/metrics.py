@@ -507,10 +507,11 @@ def margin_bound(mean_loss: float, margin: float, sensitivity: float, penalty: f
 def fit_temperature(logits: ArrayLike, target: ArrayLike, *, smoothing: float = 0.1) -> float:
     r"""The temperature T for softmax(logits / T) (Guo et al., 2017), with a little smoothing.
 
-    The maximum of the likelihood is no usable estimate at the edges: T is zero if every label has
-    the largest logit, and infinite if the logits say nothing of the labels. So a share
-    :math:`\varepsilon = s / (N + s)` of every label goes to all classes evenly (Laplace
-    smoothing), as if s of N + s rows had random labels, and T has a price of the same weight:
+    The likelihood alone has no maximum at the edges: T goes to zero if every label has the largest
+    logit, and to infinity if the logits say nothing of the labels. Against the first, a share
+    :math:`\varepsilon = s / (N + s)` of every label is spread evenly over the classes (Laplace
+    smoothing), as if s of N + s rows had random labels. Against the second, log T is added with
+    the same weight. The objective
 
     .. math:: (1 - \varepsilon)\, \mathrm{NLL}(T)
         + \varepsilon \Bigl(-\frac1{NK} \sum_{ik} \log p_{ik}(T) + \log T\Bigr)
