@@ -126,10 +126,11 @@ class Config(BaseModel):
     def fixed(self) -> dict[str, Any]:
         """What all runs in one folder have in common.
 
-        Losses and seeds may be added later; the data is known by its content, not by its path.
+        Losses and seeds may be added later, with learning rates of their own; the data is known by
+        its content, not by its path.
         """
         return self.model_dump(
-            mode="json", exclude={"losses", "seeds", "data", "data_dir", "target", "text"}
+            mode="json", exclude={"losses", "lr_of", "seeds", "data", "data_dir", "target", "text"}
         )
 
     def lr_for(self, spec: str) -> float:
