@@ -158,6 +158,81 @@ def test_parquet_reads_as_csv(csv: Path, tmp_path: Path) -> None:
     assert load(str(path), "label").fingerprint == load(str(csv), "label").fingerprint
 
 
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [("train.csv", "val.csv"), ("Train.TSV", "validation.csv.gz"), ("train.parquet", "dev.tsv.gz")],
+)
+def test_a_folder_of_tables(csv: Path, tmp_path: Path, train: str, validation: str) -> None:
+    frame = pd.read_csv(csv)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    pieces = {train: frame[:70], validation: frame[70:90], "test.csv": frame[90:]}
+    for name, piece in pieces.items():
+        if name.endswith("parquet"):
+            piece.to_parquet(folder / name)
+        else:
+            separator = "\t" if "tsv" in name.lower() else ","
+            # The order of columns may differ.
+            piece[piece.columns[::-1]].to_csv(folder / name, index=False, sep=separator)
+    (folder / "sample_submission.csv").write_text("id,label\n")
+    whole, data = load(str(csv), "label"), load(str(folder), "label")
+    assert (data.name, data.classes) == ("parts", whole.classes)
+    assert {part: rows.tolist() for part, rows in data.official.items()} == {
+        "validation": [*range(70, 90)],
+        "test": [*range(90, 120)],
+    }
+    assert isinstance(whole.features, pd.DataFrame)
+    assert isinstance(data.features, pd.DataFrame)
+    pd.testing.assert_frame_equal(data.features[whole.features.columns], whole.features)
+    assert np.array_equal(data.target, whole.target)
+    assert load(str(folder), "label", parts="test").official.keys() == {"test"}
+    assert load(str(folder), "label", parts="drawn").official == {}
+
+
+def test_gaps_in_one_of_several_tables(tmp_path: Path) -> None:
+    """A column is one kind of thing in all of them, and so are the labels."""
+    written(tmp_path, "x,z,y\n" + "".join(f"{i / 4},{i},{i % 2}\n" for i in range(20)), "train.csv")
+    written(tmp_path, "x,z,y\n?,1,0\n2.25,?,1\n", "test.csv")
+    data = load(str(tmp_path), "y")
+    assert isinstance(data.features, pd.DataFrame)
+    assert (data.features.dtypes == np.float64).all()
+    np.testing.assert_array_equal(data.features["x"][-3:], [19 / 4, np.nan, 2.25])
+    np.testing.assert_array_equal(data.features["z"][-3:], [19, 1, np.nan])
+    assert data.classes == ("0", "1")
+
+
+def test_texts_in_a_folder_of_tables(tmp_path: Path) -> None:
+    written(tmp_path, "t,y\n" + "ja,1\nNA,0\n" * 4, "train.csv")
+    written(tmp_path, "t,y\n12,1\n", "test.csv")
+    data = load(str(tmp_path), "y", text="t")
+    assert isinstance(data.features, Texts)
+    assert data.features.texts == ["ja", "NA"] * 4 + ["12"]
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        (
+            {"test.csv": "x,w,y\n1,2,a\n"},
+            {},
+            r"test\.csv and .*train\.csv must have the same .* has 'w', 'z'\.",
+        ),
+        ({"test.csv": "x,z\n1,2\n"}, {}, r"test\.csv has no column 'y'; its columns are 'x', 'z'"),
+        ({"train.tsv": "x\tz\ty\n"}, {}, r"the part train twice: 'train\.csv', 'train\.tsv'"),
+        ({"val.csv": "", "dev.csv": ""}, {}, r"validation twice: 'dev\.csv', 'val\.csv'"),
+        ({}, {"target": None}, r"train\.csv is a table: name the column to predict \(--target\)"),
+        ({}, {"parts": "test"}, r"has no part test; it has 'train'"),
+    ],
+)
+def test_folders_of_tables_that_are_refused(
+    tmp_path: Path, files: dict[str, str], options: dict[str, Any], message: str
+) -> None:
+    for name, text in ({"train.csv": "x,z,y\n" + "1,2,a\n2,2,b\n" * 6} | files).items():
+        written(tmp_path, text, name)
+    with pytest.raises(CompareError, match=message):
+        load(str(tmp_path), **({"target": "y"} | options))
+
+
 def test_parquet_types(tmp_path: Path) -> None:
     from decimal import Decimal
 

@@ -325,7 +325,7 @@ def test_folder_refusals(tmp_path: Path) -> None:
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    fails("holds neither Parquet files nor sub-folders", empty)
+    fails("holds no data: expected Parquet files; or tables named after", empty)
     pets = tmp_path / "pets"
     folder(pets)
     fails(r"target: .* has no use for it, but 'x' was given", pets, target="x")

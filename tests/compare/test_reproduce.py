@@ -109,6 +109,11 @@ def test_the_same_command_again_trains_nothing(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert {run: run.stat().st_mtime_ns for run in runs} == before
     assert len(before) == 2
+    # Nor does one with fewer losses hide the others.
+    results = tmp_path / "out" / "two-gaussians" / "results.json"
+    losses = [loss["spec"] for loss in read_json(results)["losses"]]
+    assert reproduce(*arguments, "--losses", "penex").exit_code == 0
+    assert [loss["spec"] for loss in read_json(results)["losses"]] == losses
     # Another size is another comparison.
     result = reproduce("two-gaussians", "--jobs", "1", "--out", tmp_path / "out")
     assert result.exit_code == 2

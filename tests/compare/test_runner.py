@@ -331,10 +331,12 @@ def test_more_seeds_and_losses_join(make: Make, copy: Path, tmp_path: Path) -> N
     assert_same_runs(
         make(tmp_path / "at once", seeds=3, losses=("penex", "focal", "cross-entropy")), copy
     )
-    # What was asked for last is what the report shows; the rest stays on disk.
+    # A call with fewer losses and seeds hides nothing.
     make(copy, seeds=1, losses=("focal",))
     assert finished_runs(copy) == 9
-    assert [run["loss"] for run in report.write(copy)["runs"]] == ["focal"]
+    results = report.write(copy)
+    assert [loss["spec"] for loss in results["losses"]] == ["cross-entropy", "penex", "focal"]
+    assert (len(results["runs"]), results["planned_runs"]) == (9, 9)
 
 
 @pytest.mark.parametrize(

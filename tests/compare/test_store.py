@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import disk
 import numpy as np
@@ -310,6 +311,44 @@ def test_a_folder_changes_hands_unless_there_is_work_in_it(
         claim(4)
         assert not (tmp_path / "tuning").exists()
         assert store.read_comparison(tmp_path)[0].epochs == 4
+
+
+def finish(folder: Path, *runs: tuple[str, int]) -> None:
+    for spec, seed in runs:
+        with store.new_run(store.run_folder(folder, spec, seed)) as partial:
+            (partial / "run.json").write_text("{}")
+
+
+def claimed(folder: Path, losses: tuple[str, ...], seeds: int, **options: Any) -> Config:
+    config = Config(data="iris", losses=losses, seeds=seeds, **options)
+    store.claim(folder, config, IRIS)
+    return store.read_comparison(folder)[0]
+
+
+def test_losses_and_seeds_with_finished_runs_stay(tmp_path: Path) -> None:
+    claimed(tmp_path, ("penex", "focal", "cross-entropy"), 9)
+    finish(tmp_path, ("penex", 0), ("cross-entropy", 0), ("penex", 4))
+    # Neither focal nor seeds 5 to 8 ever finished: nobody waits for them.
+    config = claimed(tmp_path, ("z-loss", "cross-entropy"), 2)
+    assert (config.losses, config.seeds) == (("penex", "cross-entropy", "z-loss"), 5)
+    config = claimed(tmp_path, ("focal", "penex"), 7)
+    assert (config.losses, config.seeds) == (("penex", "cross-entropy", "focal"), 7)
+
+
+def test_learning_rates_of_single_losses_join(tmp_path: Path) -> None:
+    claimed(tmp_path, ("penex",), 1, lr_of={"penex": 0.1})
+    finish(tmp_path, ("penex", 0))
+    config = claimed(tmp_path, ("focal",), 1, lr_of={"focal": 0.2})
+    assert config.lr_of == {"penex": 0.1, "focal": 0.2}
+    with pytest.raises(CompareError, match=r"learning rate of penex was 0.1, is 0.001"):
+        claimed(tmp_path, ("penex",), 1)
+
+
+def test_one_loss_has_one_spelling(tmp_path: Path) -> None:
+    claimed(tmp_path, ("penex=0.3",), 1)
+    finish(tmp_path, ("penex=0.3", 0))
+    with pytest.raises(CompareError, match=r"^losses: .* has penex=0.30 as penex=0.3; name it so"):
+        claimed(tmp_path, ("penex=0.30",), 1)
 
 
 def test_reading_a_folder_without_comparison(tmp_path: Path) -> None:

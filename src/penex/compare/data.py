@@ -19,7 +19,7 @@ from penex.compare.sources.arrays import BUNDLED, read_bundled, read_npz, two_ga
 from penex.compare.sources.download import DOWNLOADS, read_pathmnist, read_sonar
 from penex.compare.sources.folder import read_folder
 from penex.compare.sources.hub import PREFIX, read_hub
-from penex.compare.sources.table import SEPARATORS, read_table
+from penex.compare.sources.table import SEPARATORS, holds_part_tables, read_table, read_tables
 
 __all__ = ["Dataset", "load"]
 
@@ -48,6 +48,9 @@ def load(config: Config) -> Dataset:
       value ("", "NA", "?", ...) becomes missing; text columns whose values are all numbers or all
       dates become such columns. Row numbers (a first column without a name, of distinct integers)
       are left out;
+    - a folder of such tables, named after their parts (``train.csv``, ``val.csv``, ``test.csv``),
+      with the same columns; Parquet files there are tables unless they hold images, or one column
+      of text beside `target`;
     - an NPZ file with ``X`` of shape (N, ...), real numbers, and ``y`` of shape (N,), integers or
       strings; or, as MedMNIST has it, with ``train_images``, ``train_labels``, ``val_images``, ...
 
@@ -98,6 +101,9 @@ def _read(config: Config) -> tuple[str, Content]:
     if source.startswith(PREFIX):
         _takes(config, "data_dir", "parts", "target", "text", "image_size")
         return stem.split(":")[0], read_hub(source, config)
+    if path.is_dir() and holds_part_tables(path, config):
+        _takes(config, "parts", "target", "text")
+        return path.resolve().name, read_tables(path, config)
     if path.is_dir() and any(path.rglob("*.parquet")):
         _takes(config, "parts", "target", "text", "image_size")
         return path.resolve().name, read_hub(source, config)
@@ -109,7 +115,7 @@ def _read(config: Config) -> tuple[str, Content]:
         return stem, read_npz(path, config)
     if ending:
         _takes(config, "target", "text")
-        return stem, read_table(path, ending, config.target, config.text)
+        return stem, read_table(path, config)
     raise CompareError(
         f"unknown data {source!r}: expected one of {', '.join(NAMES)}, hub:OWNER/NAME, a folder, "
         f"or a file ending in {', '.join(ENDINGS)}.{did_you_mean(source, NAMES)}"

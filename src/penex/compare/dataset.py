@@ -72,6 +72,15 @@ class Content:
 
 
 PARTS = ("train", "validation", "test")
+PART_NAMES = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+"""Parts by the names of their folders or files."""
 
 
 def roles(available: Iterable[str], use: str, source: str) -> dict[str, str]:

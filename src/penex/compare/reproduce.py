@@ -20,7 +20,7 @@ from penex.compare.ranks import leads
 from penex.compare.robustness import STEPS, attack
 from penex.compare.runner import compare
 from penex.compare.samples import SAMPLES, sample
-from penex.compare.store import room, write_json
+from penex.compare.store import read_comparison, room, write_json
 
 FILE = "reproduction.json"
 _DATA = (".parquet", ".npz", ".csv")
@@ -62,19 +62,26 @@ def reproduce(
             same call continues.
     """
     facts = preset(name)
-    folders = {experiment: folder / experiment for experiment in configs}
     for experiment, config in configs.items():
         where = _data_folder(config, folder, data_dir, smoke)
         located = config.model_copy(update={"data_dir": None if where is None else str(where)})
-        compare(located, folders[experiment], execution=execution, display=display)
+        compare(located, folder / experiment, execution=execution, display=display)
     if not leads():
         return {}
     comparisons = {}
+    # Those of an earlier call with other losses are still part of the reproduction.
+    folders = {
+        experiment: folder / experiment
+        for experiment in facts.experiments
+        if experiment in configs or any((folder / experiment).glob("runs/*/*/run.json"))
+    }
     for experiment, own in folders.items():
         if "robustness" in facts.figures:
             attack(own, say=display.finished, **(TRIAL if smoke else {}))
         with room(own):
-            write_json(own / "published.json", _published(facts, experiment, configs[experiment]))
+            write_json(
+                own / "published.json", _published(facts, experiment, read_comparison(own)[0])
+            )
         comparisons[experiment] = plots.read(own)
         report.write(comparisons[experiment])
     several = list(comparisons.values())
@@ -86,7 +93,7 @@ def reproduce(
             "title": facts.title,
             "paper": facts.paper,
             "smoke": smoke,
-            "experiments": list(configs),
+            "experiments": list(folders),
             "figures": _figures(facts, several, folder / "figures"),
             "deviations": list(facts.deviations),
         }

@@ -43,7 +43,8 @@ def compare(config: Config, folder: Path, *, execution: Execution, display: Disp
 
     Args:
         config: What to compare.
-        folder: The output folder, new or of the same configuration.
+        folder: The output folder, new or of the same configuration. Finished runs of other losses
+            or more seeds that it holds stay part of the comparison.
         execution: Where, and how many runs at a time.
         display: Where progress is shown.
 

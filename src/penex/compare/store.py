@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from penex.compare.config import Config
 from penex.compare.data import Dataset
 from penex.compare.errors import CompareError, named
+from penex.compare.registry import contender
 
 CHECKPOINT = "resume.ckpt"
 """In the folder of an unfinished run: all that it needs to go on."""
@@ -79,20 +80,18 @@ def room(folder: Path) -> Iterator[None]:
 def claim(folder: Path, config: Config, dataset: Dataset) -> None:
     """Make `folder` this comparison's, or check that it is, and clear what was never finished.
 
-    A folder without any work in it may change hands.
+    A folder without any work in it may change hands. One with finished runs of other losses or more
+    seeds keeps them: what is written down is the union.
 
     Raises:
         CompareError: It belongs to another configuration or other data, or holds something else.
     """
-    described: dict[str, Any] = {
-        "config": config.settings(),
-        "data": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "rows": len(dataset.target),
-            "classes": list(dataset.classes),
-            "parts": sorted(dataset.official),
-        },
+    data = {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "rows": len(dataset.target),
+        "classes": list(dataset.classes),
+        "parts": sorted(dataset.official),
     }
     path = folder / "comparison.json"
     if path.exists() and not _holds_work(folder):
@@ -108,18 +107,51 @@ def claim(folder: Path, config: Config, dataset: Dataset) -> None:
             if before[name] != now[name]
         ]
         if data_before["fingerprint"] != dataset.fingerprint:
-            changed.append(f"data was {_data(data_before)}, is {_data(described['data'])}")
+            changed.append(f"data was {_data(data_before)}, is {_data(data)}")
+        shared = [spec for spec in config.losses if spec in config_before.losses]
+        changed += [
+            f"learning rate of {spec} was {lr_before!r}, is {lr!r}"
+            for spec in shared
+            if (lr_before := config_before.lr_for(spec)) != (lr := config.lr_for(spec))
+        ]
         if changed:
             raise CompareError(
                 f"out: {folder} belongs to another configuration ({'; '.join(changed)}); "
                 "choose another folder with --out, or remove that one"
             )
+        config = _union(folder, config_before, config)
     elif any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise CompareError(
             f"out: {folder} is not empty and holds no comparison; choose another --out"
         )
     clear_partial(folder)
-    write_json(path, described)
+    write_json(path, {"config": config.settings(), "data": data})
+
+
+def _union(folder: Path, before: Config, now: Config) -> Config:
+    """`now` with the losses and seeds of `before` that have finished runs, in their order."""
+    runs = [
+        (spec, seed)
+        for spec in before.losses
+        for seed in range(before.seeds)
+        if (run_folder(folder, spec, seed) / "run.json").exists()
+    ]
+    finished = {spec for spec, _ in runs}
+    kept = [spec for spec in before.losses if spec in finished or spec in now.losses]
+    spelled = {contender(spec).label: spec for spec in kept}
+    for spec in now.losses:
+        earlier = spelled.get(contender(spec).label, spec)
+        if earlier != spec:
+            raise CompareError(f"losses: {folder} has {spec} as {earlier}; name it so")
+    losses = (*kept, *(spec for spec in now.losses if spec not in kept))
+    rates = before.lr_of | now.lr_of
+    return now.model_copy(
+        update={
+            "losses": losses,
+            "seeds": max(now.seeds, *(seed + 1 for _, seed in runs), 1),
+            "lr_of": {spec: rates[spec] for spec in losses if spec in rates},
+        }
+    )
 
 
 def _holds_work(folder: Path) -> bool:

@@ -92,7 +92,9 @@ class Study:
         self.alone = execution.storage is None and execution.tune_jobs == 1
         self.owner = f"{platform.node()}:{folder.absolute()}:{worker}"
         self.storage = _storage(folder, execution.storage)
-        facts = json.dumps([config.fixed(), dataset.fingerprint], sort_keys=True)
+        facts = json.dumps(
+            [config.fixed(), config.lr_for(spec), dataset.fingerprint], sort_keys=True
+        )
         self.name = f"penex {spec} {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
         study = optuna.create_study(storage=self.storage, study_name=self.name, load_if_exists=True)
         self.id = self.storage.get_study_id_from_name(self.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from penex.compare.config import Config
-from penex.compare.dataset import Content, listed, official_rows, roles
+from penex.compare.dataset import PART_NAMES, Content, listed, official_rows, roles
 from penex.compare.errors import CompareError
 from penex.compare.images import digest_of, load_images
 
@@ -25,13 +25,6 @@ ENDINGS = (
     ".tiff",
     ".webp",
 )
-PART_NAMES = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-}
 
 
 @dataclass(frozen=True)
@@ -66,8 +59,9 @@ def read_folder(root: Path, config: Config) -> Content:
     below = _folders(root)
     if not below:
         raise CompareError(
-            f"{root} holds neither Parquet files nor sub-folders: expected one with images for "
-            "each class, or train and test with such sub-folders in them."
+            f"{root} holds no data: expected Parquet files; or tables named after their parts, "
+            "such as train.csv and test.csv; or a sub-folder with images for each class; or train "
+            "and test with such sub-folders in them."
         )
     if all(folder.name in PART_NAMES for folder in below):
         part_of = {PART_NAMES[folder.name]: folder for folder in below}

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from penex.compare.config import Config
 from penex.compare.dataset import (
+    PART_NAMES,
     UNREADABLE,
     Content,
     Texts,
@@ -19,6 +22,8 @@ from penex.compare.dataset import (
     encode_labels,
     listed,
     must_exist,
+    official_rows,
+    roles,
     unreadable,
 )
 from penex.compare.errors import CompareError
@@ -26,13 +31,91 @@ from penex.compare.errors import CompareError
 SEPARATORS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 
 
-def read_table(path: Path, ending: str, target: str | None, text: str | None) -> Content:
-    """Columns beside `target` as features: all of them, typed; or the text of one.
+ENDINGS = (*SEPARATORS, ".parquet")
+
+
+def read_table(path: Path, config: Config) -> Content:
+    """Columns beside the target as features: all of them, typed; or the text of one.
 
     Raises:
         CompareError: The file cannot be read, or has no such columns.
     """
     must_exist(path)
+    features, labels = _content(_frame(path, config), str(path), config)
+    return Content(features, *encode_labels(labels, str(path)))
+
+
+def part_tables(folder: Path) -> dict[str, list[Path]]:
+    """Tables in a folder that are named after parts, such as train.csv and val.tsv.gz, by part."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        name, dot, ending = path.name.lower().partition(".")
+        if name in PART_NAMES and dot + ending in ENDINGS and path.is_file():
+            found.setdefault(PART_NAMES[name], []).append(path)
+    return found
+
+
+def holds_part_tables(folder: Path, config: Config) -> bool:
+    """Whether `folder` is for :func:`read_tables`, not for images or for texts as on the hub.
+
+    Parquet files with images, or with one column of text beside the target, are as on the hub.
+    """
+    paths = [path for found in part_tables(folder).values() for path in found]
+    if not paths or any(path.is_dir() and path.name[0] != "." for path in folder.iterdir()):
+        return False
+    parquet = [path for path in paths if path.name.lower().endswith(".parquet")]
+    if len(parquet) < len(paths) or not parquet:
+        return True
+    try:
+        schema = pq.read_schema(parquet[0])
+    except UNREADABLE:
+        return False
+    kinds = {field.name: field.type for field in schema if field.name != config.target}
+    if any(pa.types.is_nested(kind) or pa.types.is_binary(kind) for kind in kinds.values()):
+        return False
+    strings = sum(pa.types.is_string(k) or pa.types.is_large_string(k) for k in kinds.values())
+    return config.text is None and (strings == 0 or (config.target is not None and strings > 1))
+
+
+def read_tables(folder: Path, config: Config) -> Content:
+    """As :func:`read_table`, from the tables in `folder` that are named after their parts.
+
+    Raises:
+        CompareError: As there; or there are two tables of a part, or their columns differ.
+    """
+    files = part_tables(folder)
+    for part, paths in files.items():
+        if len(paths) > 1:
+            raise CompareError(
+                f"{folder} has the part {part} twice: {listed(path.name for path in paths)}."
+            )
+    used_as = roles(files, config.parts, str(folder))
+    paths = [files[part][0] for part in used_as]
+    frames = [_frame(path, config) for path in paths]
+    for path, frame in zip(paths[1:], frames[1:], strict=True):
+        if different := set(frame.columns) ^ set(frames[0].columns):
+            raise CompareError(
+                f"{path} and {paths[0]} must have the same columns; only one of them has "
+                f"{listed(sorted(different))}."
+            )
+    features, labels = _content(_together(frames), str(folder), config)
+    sizes = zip(used_as.values(), map(len, frames), strict=True)
+    return Content(features, *encode_labels(labels, str(folder)), official_rows(sizes))
+
+
+def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """All rows. A column of numbers in one table and of text ("?", say) in another becomes text."""
+    for name in frames[0].columns:
+        if len({pd.api.types.is_numeric_dtype(frame[name]) for frame in frames}) > 1:
+            for frame in frames:
+                frame[name] = frame[name].astype(str).where(frame[name].notna())
+    return pd.concat(frames, ignore_index=True)
+
+
+def _frame(path: Path, config: Config) -> pd.DataFrame:
+    """A table as it is, with the columns that the configuration names."""
+    target, text = config.target, config.text
+    ending = next(ending for ending in ENDINGS if path.name.lower().endswith(ending))
     try:
         names, frame = (
             _read_parquet(path) if ending == ".parquet" else _read_text(path, ending, text)
@@ -53,12 +136,20 @@ def read_table(path: Path, ending: str, target: str | None, text: str | None) ->
             raise CompareError(f"{path} has no column {name!r}; {columns}.{hint}")
     if text == target:
         raise CompareError(f"{path}: target and text are the same column, {text!r}.")
-    labels = frame.pop(target)
-    if frame.empty:
-        what = "rows below its header" if frame.shape[1] else f"feature columns beside {target!r}"
+    if frame.empty or frame.shape[1] == 1:
+        what = f"feature columns beside {target!r}" if len(frame) else "rows below its header"
         raise CompareError(f"{path} has no {what}; nothing to learn from.")
-    features = _typed(frame, path) if text is None else texts(frame[text], str(path))
-    return Content(features, *encode_labels(labels, str(path)))
+    return frame
+
+
+def _content(
+    frame: pd.DataFrame, source: str, config: Config
+) -> tuple["Texts | pd.DataFrame", pd.Series]:
+    """Features and labels."""
+    labels = frame.pop(str(config.target))
+    if config.text is not None:
+        return texts(frame[config.text], source), labels
+    return _typed(frame, source), labels
 
 
 def texts(column: "pd.Series[str]", source: str) -> Texts:
@@ -111,7 +202,7 @@ def _read_parquet(path: Path) -> tuple[list[str], pd.DataFrame]:
     return list(frame.columns), frame
 
 
-def _typed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+def _typed(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     """Columns as float64, dates or text; refuses what is none of these, and infinite numbers."""
     # Half a second and 50 MB that the other sources need not pay in every process.
     from skrub import Cleaner
@@ -121,7 +212,7 @@ def _typed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
         if kind in ("mixed", "bytes", "complex"):
             sample = frame[name].dropna().iloc[0]
             raise CompareError(
-                f"{path}: column {name!r} holds values such as {type(sample).__name__} "
+                f"{source}: column {name!r} holds values such as {type(sample).__name__} "
                 f"({kind}); expected numbers, text or dates. Remove or convert it."
             )
         if kind == "timedelta64":
@@ -141,7 +232,7 @@ def _typed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
             infinite = int(np.isinf(frame[name].to_numpy().astype(np.float32)).sum())
         if infinite:
             raise CompareError(
-                f"{path}: column {name!r} must be finite; {infinite} of its values are infinite "
+                f"{source}: column {name!r} must be finite; {infinite} of its values are infinite "
                 "or beyond 3.4e38. Replace them or leave them empty (missing)."
             )
     return frame
