@@ -45,7 +45,7 @@ SCALINGS = {
 LEVEL = 0.95
 PRINTED_STEP = 0.001
 """The last digit of a metric as tables print it, of shares too: 0.1 %."""
-FLOOR_DRAWS = 50
+FLOOR_DRAWS = 20
 SCHEMA = 2
 GROUPS = 10
 """Into so many groups test rows are divided for the interval of a metric that is no mean."""

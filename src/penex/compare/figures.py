@@ -301,8 +301,8 @@ def reliability(comparisons: Sequence[Comparison]) -> Figure:
             plots.diagram(axes, found[column])
             table = one.results["summary"][one.results["config"]["select"]]["link"]["ece"]
             error = table[found[column].spec]["mean"]
-            shown = "" if error is None else f", ECE {error:.3f}"
-            axes.set_title(f"{found[column].label}\n{one.name}{shown}", loc="left")
+            value = "" if error is None else f", ECE {error:.3f}"
+            axes.set_title(f"{found[column].label}\n{one.name}{value}", loc="left")
             if column:
                 axes.set_ylabel("")
     return figure
