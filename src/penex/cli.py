@@ -702,8 +702,9 @@ def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, An
         console.print("A smoke run: that it ends is all that its numbers say.")
     for each in results.values():
         for row in tables.published(each):
+            epoch = row.epoch[0].lower() + row.epoch[1:]
             console.print(
-                f"{row.label}, {row.metric}, {row.epoch}: {row.ours} (published: "
+                f"{row.label}, {row.metric}, {epoch}: {row.ours} (published: "
                 f"{row.published}; {row.source})"
             )
     console.print("Where this differs from the paper:")

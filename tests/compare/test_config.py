@@ -189,3 +189,8 @@ def test_files_that_hold_no_settings(tmp_path: Path, content: bytes, message: st
 def test_files_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     with pytest.raises(CompareError, match="^config: cannot read .*: "):
         configure(tmp_path / name)
+
+
+def test_an_unknown_metric_is_refused_before_training() -> None:
+    with pytest.raises(CompareError, match="^metric: expected one of accuracy, .*, got 'speed'$"):
+        configure(metric="speed")

@@ -32,8 +32,6 @@ from penex.metrics import ece
 
 Make = Callable[..., Path]
 SWEEP = ("cross-entropy", "penex=0.01", "penex=0.1", "penex=1", "focal=0", "focal=2")
-OF_FUNCTIONS = ("qualitative", "decision-regions")
-"""Figures for which data or checkpoints are read."""
 
 
 @pytest.fixture(scope="module")
@@ -354,17 +352,17 @@ def test_decision_regions_are_of_the_networks(plane: Path) -> None:
 
 
 def test_pyplot_is_not_imported(sweep: Path, tmp_path: Path) -> None:
-    names = [name for name in figures.FIGURES if name not in (*OF_FUNCTIONS, "robustness")]
     code = (
-        "import sys; from pathlib import Path; from penex.compare import figures as f, plots\n"
-        "several = [plots.read(Path(sys.argv[1]))]\n"
-        "for name in sys.argv[3:]: f.save(name, several, Path(sys.argv[2], name + '.svg'))\n"
+        "import sys; from pathlib import Path; from penex.compare import figures, plots, report\n"
+        "one = plots.read(Path(sys.argv[1]))\n"
+        "figures.save('curves', [one], Path(sys.argv[2], 'curves.svg'))\n"
+        "report.merge([one], Path(sys.argv[2]))\n"
         "print({'matplotlib.pyplot', 'art'} & set(sys.modules))"
     )
-    command = [sys.executable, "-c", code, str(sweep), str(tmp_path), *names]
+    command = [sys.executable, "-c", code, str(sweep), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-    assert len(list(tmp_path.glob("*.svg"))) == len(names)
+    assert {path.name for path in tmp_path.iterdir()} >= {"curves.svg", "report.html"}
 
 
 def test_the_users_matplotlib_settings_are_neither_used_nor_changed(
