@@ -101,7 +101,7 @@ def test_the_convnet_is_the_papers(side: int, classes: int, inputs: int) -> None
     layers = [module for module in model.modules() if not list(module.children())]
     kinds = [type(layer).__name__ for layer in layers if not isinstance(layer, nn.ModuleList)]
     assert kinds == [
-        *["Conv2d", "ReLU", "MaxPool2d"] * 3,
+        *["Conv2d", "MaxPool2d", "ReLU"] * 3,
         *["Flatten", "Dropout", "Linear", "ReLU", "Linear"],
     ]
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
