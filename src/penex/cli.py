@@ -691,6 +691,7 @@ def _list(console: Console) -> None:
 
 def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, Any]]") -> None:
     from penex.compare import tables
+    from penex.compare.registry import contender
     from penex.compare.reproduce import FILE
     from penex.compare.store import read_json
 
@@ -706,6 +707,15 @@ def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, An
                 f"{row.label}, {row.metric}, {row.epoch.lower()}: {row.ours} (published: "
                 f"{row.published}; {row.source})"
             )
+    if curves := record["curves"]:
+        for each in curves["distances"]:
+            if each["rms"] is not None:
+                console.print(
+                    f"{contender(each['loss']).label}: validation NLL is {each['rms']:.3f} from "
+                    f"the published curve (root mean square of epochs {each['first']} to "
+                    f"{each['last']}; {curves['source']})"
+                )
+        console.print(f"Figure of the published curves: {curves['figure']}", soft_wrap=True)
     console.print("Where this differs from the paper:")
     for deviation in record["deviations"]:
         console.print(f"- {deviation}")

@@ -139,8 +139,8 @@ class Config(BaseModel):
     def fixed(self) -> dict[str, Any]:
         """What all runs in one folder have in common.
 
-        Losses and seeds may be added later, with learning rates of their own, and the report changed;
-        the data is identified by its content, not by its path.
+        Losses and seeds may be added later, with learning rates of their own, and the report may
+        change; the data is identified by its content, not by its path.
         """
         variable = {"losses", "lr_of", "seeds", "data", "data_dir", "target", "text"}
         variable |= {"metric", "min_difference"}
