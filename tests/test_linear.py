@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import penex
-from penex import LinearPENEX, _tiles, penex_loss
+from penex import LinearPENEX, _linear, penex_loss
 from penex._linear import draw
 from penex.functional import linear_penex_loss, sampled_linear_penex_loss
 
@@ -93,17 +93,14 @@ def test_equals_the_loss_of_the_logits(
     size=st.integers(1, 9),
     classes=st.integers(1, 40),
     chunk_size=st.sampled_from([None, 1, 2, 7, 100]),
-    tile=st.sampled_from([1, 64, 1000]),
     reduction=st.sampled_from(["mean", "none"]),
 )
-def test_any_size_in_any_tiles(
-    rows: int, size: int, classes: int, chunk_size: int | None, tile: int, reduction: str
+def test_any_size_in_any_blocks(
+    rows: int, size: int, classes: int, chunk_size: int | None, reduction: str
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tiles, "TILE", tile)
-        case = make(rows, size, classes, torch.float32)
-        case[2][::3] = -100
-        check(case, chunk_size, reduction=reduction, penalty=0.05)
+    case = make(rows, size, classes, torch.float32)
+    case[2][::3] = -100
+    check(case, chunk_size, reduction=reduction, penalty=0.05)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3), (2, 1, 4)])
@@ -176,7 +173,8 @@ def test_without_bias_and_without_gradient() -> None:
 def test_evaluation_makes_nothing_of_the_weights_size(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.memory import peak
 
-    monkeypatch.setattr(_tiles, "TILE", 1000)
+    monkeypatch.setattr(_linear, "LEAST_ROWS", 1)
+    monkeypatch.setattr(_linear, "BLOCK", 1000)
     hidden, weight, target, _ = make(20, 50, 3000, torch.float32)
     weight.requires_grad_()
 
