@@ -204,13 +204,13 @@ def test_a_gradient_of_the_gradient_is_refused() -> None:
 def test_no_tensor_of_the_logits_size_is_made() -> None:
     from benchmarks.memory import peak
 
-    hidden, weight, target, bias = make(8000, 8, 3000, torch.float32)
+    hidden, weight, target, bias = make(12000, 8, 3000, torch.float32)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
 
     def step() -> None:
         torch.autograd.grad(linear_penex_loss(hidden, weight, target, bias), leaves)
 
-    assert peak(step, torch.device("cpu")) < 8000 * 3000 * 4 / 4
+    assert peak(step, torch.device("cpu")) < 12000 * 3000 * 4 / 4
 
 
 # 2. Extremes.
@@ -275,7 +275,7 @@ def test_nothing_to_learn_from(reduction: str, rows: int) -> None:
     assert (loss == 0).all()
     loss.sum().backward()
     assert (head.weight.grad == 0).all()
-    assert head.penalty.isnan()
+    assert head.penalty == 0
 
 
 def test_float16_parameters() -> None:
@@ -359,7 +359,7 @@ def test_state_is_loaded_strictly_between_fresh_and_trained(bias: bool) -> None:
     fresh.load_state_dict(trained.state_dict())
     assert fresh.penalty == trained.penalty
     trained.load_state_dict(other.state_dict())
-    assert trained.penalty.isnan()
+    assert trained.penalty == 0
 
 
 def test_the_penalty_stays_float32_and_the_weight_can_be_tied() -> None:

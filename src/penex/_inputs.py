@@ -242,7 +242,7 @@ def prepare(input: Tensor, arguments: LossArguments) -> Batch:
     labels = labels.masked_fill(ignored, 0)
     logits = logits.masked_fill(ignored, 0)  # an ignored row may hold anything, NaN included
     kept = (~ignored).to(logits.dtype)
-    at_label = kept if weight is None else weight.take(labels) * kept
+    at_label = kept if weight is None else weight[labels] * kept
     denominator = at_label.sum()
     if smoothing == 0:
         return Batch(logits, labels, at_label, at_label.squeeze(1), denominator)

@@ -38,7 +38,7 @@ from penex._log_mean import row_dtype
 from penex._matmul import add_product, linear
 from penex._passes import LOG2E
 from penex._penalty import PENALTY_MAX, PENALTY_MIN, Bounds, EstimatedPenalty, GivenPenalty
-from penex._row_losses import Outcome, Penex, RowLoss, Rows, Rule
+from penex._row_losses import Penex, RowLoss, Rows, Rule
 from penex._rows import log_partition
 
 __all__ = ["linear_loss", "linear_penex_loss", "sampled_linear_penex_loss"]
@@ -698,16 +698,18 @@ class _Head(Function):
             else:
                 c = scaled.slopes(loss.relative_slopes(rows))
             gradients.add(block, powers, c.to(factor.dtype) * factor)
+            del powers  # or two blocks would be held
         t, s = torch.cat([weights[:0].expand(0, 2), *numbers]).tensor_split(2, 1)
         rows = Rows(t, s, t - s, weights, None, reduction, shard.num_classes)
-        outcome = loss.on_rows(rows) if len(t) else Outcome(t.squeeze(1), t, t)
+        outcome = loss.on_rows(rows)
         dt, ds = (torch.as_tensor(x, dtype=s.dtype) for x in (outcome.dt, outcome.ds))
         log_ds = ds.abs().log() if outcome.log_dz is None else outcome.log_dz + s
-        ctx.slopes = dt, ds.sign(), log_ds
+        log_dt = dt.abs().log() if outcome.log_dt is None else outcome.log_dt
+        ctx.slopes = dt.sign(), log_dt, ds.sign(), log_ds
         ctx.log_factor = scaled.log_factor(log_ds)
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.gradients, ctx.shard, ctx.step = gradients, shard, step
-        return outcome.value.sum() if reduction != "none" else outcome.value
+        return outcome.value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -718,13 +720,13 @@ class _Head(Function):
                 "torch.nn.functional.linear(input, weight, bias)"
             )
         hidden, weight, bias, labels = ctx.saved_tensors
-        dt, sign_ds, log_ds = ctx.slopes
+        sign_dt, log_dt, sign_ds, log_ds = ctx.slopes
         gradients: _Gradients | None = ctx.gradients
         ctx.gradients = None
         grad = grad.to(log_ds.dtype)
         grad = grad.unsqueeze(1) if grad.ndim else grad
         log_grad, sign = grad.abs().log(), grad.sign()
-        log_dt, log_ds = dt.abs().log() + log_grad, log_ds + log_grad
+        log_dt, log_ds = log_dt + log_grad, log_ds + log_grad
         with _no_autocast(hidden):
             stored = gradients is not None
             log_factor = ctx.log_factor + log_grad if stored else _largest(log_ds)
@@ -742,7 +744,7 @@ class _Head(Function):
                     gradients.add(block, powers, c[block].to(factor.dtype) * factor)
             else:
                 gradients.scale(log_factor - scale, sign)
-            slopes = (log_dt - scale).exp() * dt.sign() * sign
+            slopes = (log_dt - scale).exp() * sign_dt * sign
             gradients.add_labels(labels, slopes.to(gradients.layer.dtype))
             if gradients.sums[0] is not None and ctx.shard.group is not None:
                 dist.all_reduce(gradients.sums[0], group=ctx.shard.group)
@@ -780,7 +782,7 @@ class _ScaledSum:
             return log_ds.new_zeros(())
         exponent = torch.cat(self.exponents).flatten()
         index = exponent.argmax()
-        return log_ds.flatten()[index] - exponent[index] + self.largest
+        return log_ds.take(index) - exponent.take(index) + self.largest
 
 
 def _largest(logs: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ def log_mean(values: Tensor, weights: Tensor, power: float, dim: int) -> Tensor:
     From the largest value on, all exponents are negative; those near zero are summed as
     :math:`e^{pv} - 1`, so that a tiny power loses no digit when the logarithm is divided by it.
     """
+    if values.shape[dim] == 0:
+        return values.sum(dim).to(row_dtype(values))
     has_weight = weights > 0
     total = weights.sum(dim, keepdim=True)
     shares = weights / total.where(total != 0, 1)

@@ -68,7 +68,9 @@ class Outcome(NamedTuple):
     ds: Tensor | float
     """and in s. From :meth:`RowLoss.from_partition`: in Z."""
     log_dz: Tensor | None = None
-    """The logarithm of the slopes in Z, from losses whose slopes in s may overflow."""
+    """The logarithm of the slopes in Z, from losses whose slopes may overflow,"""
+    log_dt: Tensor | None = None
+    """and of those in t, without their sign."""
     coupling: Any = None
     """What the rows had to know of each other: constants in the slopes."""
 
@@ -228,10 +230,12 @@ def row_factor(rows: Rows) -> Tensor | float:
     factor = 1.0 if rows.weights is None else rows.weights
     if rows.reduction != "mean":
         return factor
-    divisor = rows.divisor()
-    if isinstance(divisor, Tensor):
-        divisor = divisor.where(divisor != 0, 1)
-    return factor / divisor
+    return factor / nonzero(rows.divisor())
+
+
+def nonzero(divisor: Tensor | float) -> Tensor | float:
+    """One in place of zero, so that the mean of nothing is 0."""
+    return divisor.where(divisor != 0, 1) if isinstance(divisor, Tensor) else divisor or 1.0
 
 
 # PENEX.
@@ -262,7 +266,7 @@ class Penex(RowLoss):
             log_weights = rows.weights.to(rows.t.dtype).log()
         sums = None
         if self.penalty.needs_sums and coupling is None:
-            log_sums = torch.stack([log_slope + log_tail, rows.s]) + log_weights
+            log_sums = (torch.stack([log_slope + log_tail, rows.s]) + log_weights).detach()
             sums = LogSums(*log_sums.flatten(1).logsumexp(1).unbind(), rows.num_classes)
         resolved: Resolved = coupling or self._resolved(sums, rows)
         # Every factor enters the exponent, so that a product is finite wherever it can be
@@ -274,7 +278,8 @@ class Penex(RowLoss):
         a, z = torch.exp(log_slope + log_factor), torch.exp(rows.s + log_dz)
         value = a * tail + z
         value = value.squeeze(1) if rows.reduction == "none" else value.sum()
-        return Outcome(value, -self.alpha * a, z, log_dz, resolved)
+        log_dt = log_slope + (log_factor + math.log(self.alpha))
+        return Outcome(value, -self.alpha * a, z, log_dz, log_dt, resolved)
 
     def defined(self, batch: Batch, rows: Rows, coupling: Any = None) -> Tensor:
         """The definition, class by class, as a gradient through s could overflow."""
@@ -282,17 +287,15 @@ class Penex(RowLoss):
         resolved: Resolved = coupling or self._resolved(
             self.estimate_sums(batch) if self.penalty.needs_sums else None, rows
         )
-        log_divisor = self._log_divisor(resolved, rows.reduction)
-        log_weights, rest = _log_weights(target_weights)
-        row_log_weights, row_rest = _log_weights(row_weights)
+        inverse = torch.as_tensor(-self._log_divisor(resolved, rows.reduction)).exp()
+        log_weights, rest = _log_weights(target_weights * inverse)
+        row_log_weights, row_rest = _log_weights(row_weights * inverse)
+        u, tail = self._exponents(-self.alpha * batch.select(batch.logits))[::2]
         # Without weight a class contributes 0, not 0 * inf.
-        u, f = -self.alpha * batch.select(batch.logits), batch.logits
+        u, z = u + log_weights, batch.logits + (row_log_weights + resolved.log_penalty)
         u = u.where(target_weights > 0, u.clamp(max=LARGEST_EXPONENT))
-        f = f.where(row_weights > 0, f.clamp(max=LARGEST_EXPONENT))
-        log_slope, _, tail = self._exponents(u)
-        a = torch.exp(log_slope + (log_weights - log_divisor)) * tail
-        z = torch.exp(f + (row_log_weights + (resolved.log_penalty - log_divisor)))
-        value = (a * rest).sum(1) + (z * row_rest).sum(1)
+        z = z.where(row_weights > 0, z.clamp(max=LARGEST_EXPONENT))
+        value = (u.exp() * tail * rest).sum(1) + (z.exp() * row_rest).sum(1)
         return value if rows.reduction == "none" else value.sum()
 
     def estimate_sums(self, batch: Batch) -> LogSums:
@@ -321,10 +324,9 @@ class Penex(RowLoss):
         return self.penalty.resolve(sums, divisor.detach())
 
     def _log_divisor(self, resolved: Resolved, reduction: Reduction) -> Tensor | float:
-        divisor = resolved.denominator if reduction == "mean" else 1.0
-        if isinstance(divisor, Tensor):
-            return divisor.where(divisor != 0, 1).log() + math.log(self.scale)
-        return math.log(divisor * self.scale)
+        divisor = nonzero(resolved.denominator) if reduction == "mean" else 1.0
+        log = divisor.log() if isinstance(divisor, Tensor) else math.log(divisor)
+        return log + math.log(self.scale)
 
     def can_use_partition(self, reduction: Reduction) -> bool:
         return self.log_threshold is None and reduction != "none" and self.penalty.local

@@ -39,7 +39,6 @@ SMALL = 1 << 15
 """So few logits that memory does not matter."""
 LEAST_PROBABILITY = 1e-30
 """A probability from here on has all its digits, and so has its logarithm."""
-_DENSE = torch._C.DispatchKey.Dense  # what a tensor that stands for a batch of them lacks
 
 
 def loss_of(input: Tensor, arguments: LossArguments, loss: RowLoss) -> Tensor:
@@ -53,8 +52,11 @@ def loss_of(input: Tensor, arguments: LossArguments, loss: RowLoss) -> Tensor:
             return defined(input, arguments, loss)
         if torch.compiler.is_compiling():
             return _traced(input, arguments, loss)
-        value: Tensor = _ByRows.apply(input, arguments, loss)  # type: ignore[no-untyped-call]
-        return value
+        try:
+            value: Tensor = _ByRows.apply(input, arguments, loss)  # type: ignore[no-untyped-call]
+            return value
+        except _InexactError:
+            return defined(input, arguments, loss)
     except (IndexError, RuntimeError) as error:  # the range check of the indexing kernels
         if not arguments.target.is_floating_point():
             refuse_labels(arguments.target, input.shape[1], arguments.ignore_index, error)
@@ -90,7 +92,7 @@ def _exporting() -> bool:
 
 def defined(input: Tensor, arguments: LossArguments, loss: RowLoss, coupling: Any = None) -> Tensor:
     """The loss by plain operations; with `coupling`, for these constants."""
-    if input.numel() == 0:
+    if input.shape[1] == 0:
         nothing = input.to(computed_in(input)).sum(1)
         return nothing if arguments.reduction == "none" else nothing.sum()
     batch = prepare(input, arguments)
@@ -149,11 +151,14 @@ class _Evaluation(NamedTuple):
     """That result, if there is room for it."""
 
 
+class _InexactError(ArithmeticError):
+    """Soft targets whose numbers cannot be had exactly by sums of exponentials."""
+
+
 class _ByRows(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, arguments: LossArguments, loss: RowLoss) -> Tensor:
         keep = ctx.needs_input_grad[0] and (input.dtype.itemsize >= 4 or input.numel() <= SMALL)
-        found: _Evaluation | None = None
         target: Labels | SoftTargets
         if arguments.soft:
             target = SoftTargets(input, arguments, loss.alpha)
@@ -163,29 +168,31 @@ class _ByRows(Function):
             found = _evaluate_labels(input, target, arguments, loss, keep)
         # The target and the class weights, so that changes before the backward are noticed.
         ctx.save_for_backward(input, arguments.target, arguments.weight if arguments.soft else None)
-        ctx.arguments, ctx.loss, ctx.target, ctx.found = arguments, loss, target, found
-        if found is None:  # these numbers are for the definition, in the backward too
-            return defined(input, arguments, loss)
         ctx.kept, ctx.found = found.kept, found._replace(kept=None)
+        ctx.arguments, ctx.loss, ctx.target = arguments, loss, target
         return found.outcome.value.to(computed_in(input))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, *_ = ctx.saved_tensors
-        found: _Evaluation | None = ctx.found
-        coupling = None if found is None else found.outcome.coupling
+        found: _Evaluation = ctx.found
         factor: Tensor | float = grad.unsqueeze(1) if grad.ndim else grad
-        if torch.is_grad_enabled() or not torch._C._dispatch_keys(grad).has(_DENSE):
-            found = None
-        elif grad.ndim == 0 and can_inspect(input):
+        exact = True
+        if grad.ndim == 0 and _is_dense(grad) and can_inspect(input):
             factor = grad.item()
-            if found is not None and found.make is powers and not 1e-15 < abs(factor) < 1e15:
-                found = None  # so large a factor would bring up what underflow has taken
-        if found is None:
+            # So large a factor would bring up what underflow has taken from the exponentials.
+            exact = found.make is not powers or 1e-15 < abs(factor) < 1e15
+        if torch.is_grad_enabled() or not _is_dense(grad) or not exact:
             arguments: LossArguments = ctx.arguments
+            coupling = found.outcome.coupling
             return _differentiable(input, grad, arguments, ctx.loss, coupling), None, None
         kept, ctx.kept = ctx.kept, None
         return _gradient(input, found._replace(kept=kept), ctx.target, factor), None, None
+
+
+def _is_dense(grad: Tensor) -> bool:
+    """Whether this is one gradient, and does not stand for a batch of them."""
+    return torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.Dense)
 
 
 def _evaluate_labels(
@@ -234,22 +241,21 @@ def _numbers_on_cpu(
 
 def _evaluate_soft(
     input: Tensor, target: SoftTargets, arguments: LossArguments, loss: RowLoss, keep: bool
-) -> _Evaluation | None:
-    """None: these numbers are for the definition."""
+) -> _Evaluation:
     if loss.can_use_partition(arguments.reduction):
         t = target.logit(input)
         if t is None:
-            return None
+            raise _InexactError
         kept, (partition,) = in_pieces(powers, input, keep, lambda made, _: made.sum(1, True))
         outcome = _from_partition(t, partition, target, arguments, loss)
-        return None if outcome is None else _Evaluation(outcome, powers, kept)
-    if loss.alpha or loss.overflows or not loss.sums_rows:
-        return None
+        if outcome is None:
+            raise _InexactError
+        return _Evaluation(outcome, powers, kept)
     kept, (log_p, top) = in_pieces(
         log_softmax, input, keep, target.mean, lambda made, _: made.amax(1, True)
     )
-    if not log_p.isfinite().all():
-        return None
+    if loss.overflows or not loss.sums_rows or not log_p.isfinite().all():
+        raise _InexactError
     s = input.amax(1, True) - top
     if target.skipped is not None:
         s = s.masked_fill(target.skipped, 0)

@@ -313,7 +313,7 @@ class PENEXTrainer(Trainer):
             penalty = self.criterion.penalty.item()
             state = {
                 "sensitivity": self.criterion.sensitivity,
-                "penalty": None if math.isnan(penalty) else penalty,
+                "penalty": penalty or None,
             }
             (folder / STATE_FILE).write_text(json.dumps(state))
         super().save_model(output_dir, _internal_call)
@@ -332,7 +332,7 @@ class PENEXTrainer(Trainer):
                 f"{self.criterion.sensitivity}"
             )
         penalty = state["penalty"]
-        self.criterion.penalty.fill_(math.nan if penalty is None else penalty)
+        self.criterion.penalty.fill_(penalty or 0.0)
 
     def save_folded(self, output_dir: str | PathLike[str], layer: str | None = None) -> None:
         """Save the model, :func:`fold`-ed, and its tokenizer or processor, for a pipeline.
