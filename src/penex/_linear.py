@@ -694,7 +694,7 @@ class _Head(Function):
                 continue
             rows = Rows(t, s, t - s, weights[block], denominator, reduction, shard.num_classes)
             if loss.sums_rows:
-                c = torch.as_tensor(loss.on_rows(rows).ds)
+                c = torch.as_tensor(loss.on_rows(rows).ds, device=s.device)
             else:
                 c = scaled.slopes(loss.relative_slopes(rows))
             gradients.add(block, powers, c.to(factor.dtype) * factor)
@@ -702,7 +702,9 @@ class _Head(Function):
         t, s = torch.cat([weights[:0].expand(0, 2), *numbers]).tensor_split(2, 1)
         rows = Rows(t, s, t - s, weights, None, reduction, shard.num_classes)
         outcome = loss.on_rows(rows)
-        dt, ds = (torch.as_tensor(x, dtype=s.dtype) for x in (outcome.dt, outcome.ds))
+        dt, ds = (
+            torch.as_tensor(x, dtype=s.dtype, device=s.device) for x in (outcome.dt, outcome.ds)
+        )
         log_ds = ds.abs().log() if outcome.log_dz is None else outcome.log_dz + s
         log_dt = dt.abs().log() if outcome.log_dt is None else outcome.log_dt
         ctx.slopes = dt.sign(), log_dt, ds.sign(), log_ds

@@ -287,7 +287,9 @@ class Penex(RowLoss):
         resolved: Resolved = coupling or self._resolved(
             self.estimate_sums(batch) if self.penalty.needs_sums else None, rows
         )
-        inverse = torch.as_tensor(-self._log_divisor(resolved, rows.reduction)).exp()
+        inverse = torch.as_tensor(
+            -self._log_divisor(resolved, rows.reduction), device=rows.t.device
+        ).exp()
         log_weights, rest = _log_weights(target_weights * inverse)
         row_log_weights, row_rest = _log_weights(row_weights * inverse)
         u, tail = self._exponents(-self.alpha * batch.select(batch.logits))[::2]

@@ -12,7 +12,6 @@ language models, whose logits are not made in training.
 
 import copy
 import json
-import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
