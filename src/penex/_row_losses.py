@@ -267,7 +267,8 @@ class Penex(RowLoss):
         sums = None
         if self.penalty.needs_sums and coupling is None:
             log_sums = (torch.stack([log_slope + log_tail, rows.s]) + log_weights).detach()
-            sums = LogSums(*log_sums.flatten(1).logsumexp(1).unbind(), rows.num_classes)
+            exponential, partition = log_sums.flatten(1).logsumexp(1).unbind()
+            sums = LogSums(exponential, partition, rows.num_classes)
         resolved: Resolved = coupling or self._resolved(sums, rows)
         # Every factor enters the exponent, so that a product is finite wherever it can be
         # represented, even where a factor of it cannot.

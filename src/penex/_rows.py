@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
+from penex import _passes
 from penex._inputs import Batch, LossArguments, can_inspect, computed_in, prepare, refuse_labels
 from penex._log_mean import row_dtype
 from penex._passes import (
@@ -303,9 +304,11 @@ def _gradient(
         exponents, scale = _times_log(outcome.log_dz, factor)
     else:
         scale = _times(outcome.ds, factor, dtype)
+    # In pieces where something would be made that is not kept, on the CPU.
+    whole = (kept is not None and isinstance(target, Labels)) or not can_inspect(input)
+    whole = whole or input.nbytes <= _passes.PIECE
     result = torch.empty_like(input) if kept is None else kept
-    in_place = kept is not None and isinstance(target, Labels)
-    for piece in [WHOLE] if in_place else pieces(input):
+    for piece in [WHOLE] if whole else pieces(input):
         x = input[piece]
         if make is None:
             part = powers_from(x, _of(exponents, piece))
@@ -318,6 +321,8 @@ def _gradient(
         target.add_to(part, x, piece, dt)
         if target.skipped is not None:
             part.masked_fill_(target.skipped[piece], 0)
+        if whole:
+            return part.to(input.dtype)
         if kept is None:
             result[piece] = part
     return result.to(input.dtype)
