@@ -26,6 +26,8 @@ OPTIONS = (
     *("--lr", "--batch-size", "--tune", "--jobs", "--out", "--config", "--text", "--classes"),
     *("--data-dir", "--parts", "--validation-size", "--test-size", "--image-size", "--augment"),
     *("--noise-parts", "--noise-classes", "--test-split"),
+    *("--drop", "--keep", "--group", "--time", "--min-class-rows"),
+    *("--validation-file", "--test-file"),
     *("--model", "--hidden", "--optimizer", "--weight-decay", "--schedule"),
     *("--warmup-epochs", "--gradient-clip", "--accumulate", "--precision", "--compile"),
     *("--tune-lr", "--tune-at", "--tune-jobs", "--storage", "--backend", "--address", "--devices"),
