@@ -855,10 +855,8 @@ def _show(console: Console, results: "dict[str, Any]") -> None:
     for warning in verdict.warnings(results):
         console.print(f"Warning: {warning}", style="yellow")
     console.print()
-    selections = dict.fromkeys((results["config"]["select"], "last"))
-    for selection in selections:
-        console.print(tables.terminal(results, selection, console.width))
-        console.print()
+    console.print(tables.terminal(results, results["config"]["select"], console.width))
+    console.print()
     console.print(tables.selections_terminal(results))
     console.print()
     lines = (tables.caption, tables.legend, tables.floor, tables.timing)

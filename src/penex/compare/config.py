@@ -18,6 +18,7 @@ from pydantic import (
 
 from penex.compare.errors import CompareError, named
 from penex.compare.registry import DEFAULT_LOSSES, contender
+from penex.metrics import METRICS
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -131,6 +132,12 @@ class Config(BaseModel):
             raise ValueError(f"a loss is named twice in {', '.join(value)}")
         return value
 
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, value: str) -> str:
+        check_metric(value)
+        return value
+
     @model_validator(mode="after")
     def _tuning_sees_no_test_rows(self) -> "Config":
         if self.tune and self.test_split == "per-seed":
@@ -191,6 +198,17 @@ class Config(BaseModel):
     def lr_for(self, spec: str) -> float:
         """The learning rate of a loss, untuned."""
         return self.lr_of.get(spec, self.lr)
+
+
+def check_metric(name: str) -> None:
+    """Refuse a metric that does not exist.
+
+    Raises:
+        CompareError: `name` is none of :data:`penex.metrics.METRICS`.
+    """
+    if name not in METRICS:
+        known = ", ".join(METRICS)
+        raise CompareError(f"{named('metric')}: expected one of {known}, got {name!r}")
 
 
 @dataclass(frozen=True)
