@@ -402,6 +402,21 @@ def test_fingerprint_of_arrays_differs(tmp_path: Path) -> None:
     assert len(set(prints)) == len(prints)
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("digits", "digits"),
+        ("hub:SetFit/bbc-news", "bbc-news"),
+        ("hub:owner/set.v2:english", "set.v2"),
+        ("some/where/my table.CSV.gz", "my table"),
+        ("t.2024.xlsx", "t.2024"),
+        ("a.npz", "a"),
+    ],
+)
+def test_short_name(source: str, name: str) -> None:
+    assert penex.compare.data.short_name(source) == name
+
+
 # ---- splitting -------------------------------------------------------------------------------
 
 
