@@ -28,6 +28,8 @@ OPTIONS = (
     *("--lr", "--batch-size", "--tune", "--jobs", "--out", "--config", "--text", "--classes"),
     *("--data-dir", "--parts", "--validation-size", "--test-size", "--image-size", "--augment"),
     *("--noise-parts", "--noise-classes", "--test-split"),
+    *("--drop", "--keep", "--group", "--time", "--min-class-rows"),
+    *("--validation-file", "--test-file"),
     *("--model", "--hidden", "--optimizer", "--weight-decay", "--schedule"),
     *("--warmup-epochs", "--gradient-clip", "--accumulate", "--precision", "--compile"),
     *("--gradient-scale", "--select", "--metric", "--min-difference"),
@@ -258,6 +260,32 @@ def test_a_table_from_start_to_end(tmp_path: Path) -> None:
     assert [loss["spec"] for loss in results["losses"]] == ["penex=0.3", "cross-entropy"]
     assert results["runs"][0]["rows"] == {"train": 60, "validation": 15, "test": 38}
     assert "25% label noise in training" in " ".join(result.stdout.split())
+
+
+def test_what_is_said_of_a_table_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    i = np.arange(120)
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"id": i + 100, "x": rng.normal(size=120), "fur": "black"})
+    frame["animal"] = i // 4
+    frame["result"] = np.array(["home", "stays"])[i % 2]
+    frame.loc[2:3, "result"] = None
+    frame.to_csv("cats.csv.gz", index=False, sep=";")
+    options = ("--target=result", "--drop= fur", "--group=animal", "--seeds=1", "--epochs=2")
+    result = penex("compare", "cats.csv.gz", *options, "--losses=penex", "--jobs=1")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    start = next(n for n, line in enumerate(lines) if "2 of 120 rows" in line)
+    assert lines[start + 1 : start + 5] == [
+        "Used as numbers: 'id', 'x'",
+        "No feature (group): 'animal'",
+        "No feature (drop): 'fur'",
+        "Warning: possible identifiers, with a different value in every row: 'id'. To leave them "
+        "out: --drop 'id'",
+    ]
+    assert (tmp_path / "penex-results" / "cats" / "report.html").exists()
 
 
 def test_tuning_is_reported(tmp_path: Path) -> None:
