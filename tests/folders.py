@@ -153,7 +153,7 @@ def _write_run(
     columns = ("train_nll", "train_accuracy", "validation_nll", "validation_refined_nll")
     columns += ("validation_softmax_nll", "validation_accuracy", "gradient_norm", "seconds")
     lines = [
-        ",".join([str(epoch), *[f"{1 / epoch:.6g}"] * len(columns)])
+        ",".join([str(epoch), *[f"{(1 + seed / 10) / epoch:.6g}"] * len(columns)])
         for epoch in range(1, config["epochs"] + 1)
     ]
     lines.insert(0, ",".join(("epoch", *columns)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from penex._inputs import can_inspect, check_device, positive
 
 if TYPE_CHECKING:
-    from penex.losses import PenaltyMixin
+    from penex.losses import _PenaltyMixin
 
 PENALTY_MIN, PENALTY_MAX = 1e-10, 100.0
 
@@ -152,7 +152,7 @@ class RunningPenalty:
     A recomputation in the backward pass finds the penalty already updated, and uses it as it is.
     """
 
-    def __init__(self, criterion: "PenaltyMixin") -> None:
+    def __init__(self, criterion: "_PenaltyMixin") -> None:
         self.state, self.ema = criterion.penalty, criterion.ema
         self.mode, self.fixed = criterion.penalty_mode, criterion.initial_penalty
         training = criterion.training and torch.is_grad_enabled()
@@ -225,7 +225,7 @@ class CollectedPenalty(RunningPenalty):
     So several batches, which share one penalty, can update it together: :func:`update_penalty`.
     """
 
-    def __init__(self, criterion: "PenaltyMixin", collected: list[LogSums]) -> None:
+    def __init__(self, criterion: "_PenaltyMixin", collected: list[LogSums]) -> None:
         super().__init__(criterion)
         self.collected = collected
 
@@ -240,7 +240,7 @@ class CollectedPenalty(RunningPenalty):
         return super().value(exponential, partition)
 
 
-def update_penalty(criterion: "PenaltyMixin", collected: list[LogSums]) -> None:
+def update_penalty(criterion: "_PenaltyMixin", collected: list[LogSums]) -> None:
     """Update the penalty of a criterion in evaluation once, for batches that are one in training.
 
     The criterion stays in evaluation.

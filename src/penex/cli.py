@@ -773,7 +773,7 @@ def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, An
     for each in results.values():
         for row in tables.published(each):
             console.print(
-                f"{row.label}, {row.metric}, {row.epoch.lower()}: {row.ours} (published: "
+                f"{row.label}, {row.metric}, {row.epoch}: {row.ours} (published: "
                 f"{row.published}; {row.source})"
             )
     if curves := record["curves"]:

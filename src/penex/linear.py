@@ -11,12 +11,12 @@ from penex import _links, functional
 from penex import _row_losses as row_losses
 from penex._inputs import check_reduction, choice, count, integer
 from penex._linear import Shard, check_criterion, head_loss, linear_loss, sampled_head_loss
-from penex.losses import PENEX, Check, CheckedModule, PenaltyMixin
+from penex.losses import PENEX, Check, _CheckedModule, _PenaltyMixin
 
 __all__ = ["LinearLoss", "LinearPENEX"]
 
 
-class _LinearHead(CheckedModule):
+class _LinearHead(_CheckedModule):
     """The parameters of a linear layer, or of the share of its classes that this rank holds."""
 
     bias: nn.Parameter | None
@@ -160,7 +160,7 @@ class LinearLoss(_LinearHead):
         return probabilities
 
 
-class LinearPENEX(PenaltyMixin, _LinearHead):
+class LinearPENEX(_PenaltyMixin, _LinearHead):
     r"""A linear layer with PENEX as its loss, which never holds all logits at a time.
 
     In the place of :class:`torch.nn.Linear` followed by :class:`penex.PENEX`, with their
@@ -210,7 +210,9 @@ class LinearPENEX(PenaltyMixin, _LinearHead):
         torch.Size([2, 5, 1000])
     """
 
-    checks: ClassVar[dict[str, Check]] = PenaltyMixin.checks | {
+    class_weight: Tensor | None
+
+    _checks: ClassVar[dict[str, Check]] = _PenaltyMixin._checks | {
         "ignore_index": integer,
         "reduction": lambda name, value: check_reduction(value),
         "sampler": lambda name, value: choice(name, value, ("uniform", "log-uniform")),

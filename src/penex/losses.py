@@ -70,18 +70,18 @@ def _float32(name: str, value: Any) -> float:
     return result
 
 
-class CheckedModule(nn.Module):
+class _CheckedModule(nn.Module):
     """A module that checks its arguments whenever they are set, not in its constructor alone."""
 
-    checks: ClassVar[dict[str, Check]] = {}
+    _checks: ClassVar[dict[str, Check]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        check = self.checks.get(name)
+        check = self._checks.get(name)
         super().__setattr__(name, value if check is None else check(name, value))
 
     def extra_repr(self) -> str:
         """What torch prints of the module: all arguments but those that are None."""
-        arguments = {name: getattr(self, name) for name in self.checks}
+        arguments = {name: getattr(self, name) for name in self._checks}
         return ", ".join(
             f"{name.removeprefix('initial_')}="
             + (f"<shape {tuple(value.shape)}>" if isinstance(value, Tensor) else f"{value!r}")
@@ -90,7 +90,7 @@ class CheckedModule(nn.Module):
         )
 
 
-class _Loss(ProbabilityMixin, CheckedModule):
+class _Loss(ProbabilityMixin, _CheckedModule):
     """The keywords of :class:`torch.nn.CrossEntropyLoss`, checked and held, and the link.
 
     Those that are functions of two numbers a row have a method ``_row_loss``, which says which.
@@ -98,7 +98,7 @@ class _Loss(ProbabilityMixin, CheckedModule):
 
     weight: Tensor | None
 
-    checks: ClassVar[dict[str, Check]] = {
+    _checks: ClassVar[dict[str, Check]] = {
         "weight": _weight,
         "ignore_index": integer,
         "reduction": lambda name, value: check_reduction(value),
@@ -143,12 +143,12 @@ class _Loss(ProbabilityMixin, CheckedModule):
         return _links.remove_smoothing(smoothed, self.label_smoothing, dim, self.weight)
 
 
-class PenaltyMixin(CheckedModule):
+class _PenaltyMixin(_CheckedModule):
     """The rule for the penalty, and the running penalty: what :class:`PENEX` says of them."""
 
     penalty: Tensor
 
-    checks: ClassVar[dict[str, Check]] = {
+    _checks: ClassVar[dict[str, Check]] = {
         "sensitivity": positive,
         "penalty_mode": lambda name, value: choice(name, value, ("running", "auto", "fixed")),
         "initial_penalty": lambda name, value: None if value is None else _float32(name, value),
@@ -239,7 +239,7 @@ class PenaltyMixin(CheckedModule):
             self._reset_penalty()
 
 
-class PENEX(PenaltyMixin, _Loss):
+class PENEX(_PenaltyMixin, _Loss):
     r"""Penalized exponential loss, in the place of :class:`torch.nn.CrossEntropyLoss`.
 
     Computes :func:`penex.functional.penex_loss`, where shapes, options and the two differences to
@@ -300,8 +300,8 @@ class PENEX(PenaltyMixin, _Loss):
         tensor(0.0250)
     """
 
-    checks: ClassVar[dict[str, Check]] = (
-        PenaltyMixin.checks | _Loss.checks | {"normalize": _boolean}
+    _checks: ClassVar[dict[str, Check]] = (
+        _PenaltyMixin._checks | _Loss._checks | {"normalize": _boolean}
     )
 
     def __init__(
@@ -378,11 +378,11 @@ class LogPENEX(_Loss):
         tensor(1.3863, grad_fn=<_ByRowsBackward>)
     """
 
-    checks: ClassVar[dict[str, Check]] = {
+    _checks: ClassVar[dict[str, Check]] = {
         "sensitivity": _nonnegative,
         "power": _nonnegative,
         "process_group": _process_group,
-    } | _Loss.checks
+    } | _Loss._checks
 
     def __init__(
         self,
@@ -437,7 +437,7 @@ class FocalLoss(_Loss):
     Computes :func:`penex.functional.focal_loss`, where the arguments are described.
     """
 
-    checks: ClassVar[dict[str, Check]] = {"gamma": _nonnegative} | _Loss.checks
+    _checks: ClassVar[dict[str, Check]] = {"gamma": _nonnegative} | _Loss._checks
 
     def __init__(
         self,
@@ -477,7 +477,7 @@ class ConfidencePenaltyLoss(_Loss):
     Computes :func:`penex.functional.confidence_penalty_loss`, where the arguments are described.
     """
 
-    checks: ClassVar[dict[str, Check]] = {"strength": _nonnegative} | _Loss.checks
+    _checks: ClassVar[dict[str, Check]] = {"strength": _nonnegative} | _Loss._checks
 
     def __init__(
         self,
@@ -514,7 +514,7 @@ class ZLoss(_Loss):
     Computes :func:`penex.functional.z_loss`, where the arguments are described.
     """
 
-    checks: ClassVar[dict[str, Check]] = {"strength": _nonnegative} | _Loss.checks
+    _checks: ClassVar[dict[str, Check]] = {"strength": _nonnegative} | _Loss._checks
 
     def __init__(
         self,
@@ -542,9 +542,9 @@ class GeneralizedCrossEntropyLoss(_Loss):
     described.
     """
 
-    checks: ClassVar[dict[str, Check]] = {
+    _checks: ClassVar[dict[str, Check]] = {
         "q": lambda name, value: number(name, value, 0.0, 1.0, open_low=True)
-    } | _Loss.checks
+    } | _Loss._checks
 
     def __init__(
         self,

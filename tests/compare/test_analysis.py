@@ -1,15 +1,13 @@
 """Numbers from saved logits, against scipy, scikit-learn, statsmodels and definitions."""
 
 import json
-import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from folders import CLASSES, EPOCHS, TEST, VALIDATION, calibrated, with_nll, with_right, write
-from scipy.special import log_softmax, softmax
+from folders import EPOCHS, TEST, VALIDATION, calibrated, with_nll, with_right, write
+from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from statsmodels.stats.multitest import multipletests
 
@@ -530,7 +528,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_curves(tmp_path: Path) -> None:
-    folder = write(tmp_path / "out", {"cross-entropy": noisy(1.5, 1)}, epochs=None)
+    folder = write(tmp_path / "out", {"cross-entropy": noisy(1.5, 1)})
     columns = curves(folder, "cross-entropy", 0)
     assert next(iter(columns)) == "epoch"
     np.testing.assert_array_equal(columns["epoch"], np.arange(1, 21))

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from folders import CLASSES, TEST, calibrated, write
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from scipy.special import softmax
@@ -26,7 +27,7 @@ from penex.compare.errors import CompareError
 from penex.compare.figures import NothingToShowError
 from penex.compare.models import resolve
 from penex.compare.registry import DEFAULT_LOSSES
-from penex.compare.store import read_logits, run_folder, write_json
+from penex.compare.store import write_json
 from penex.metrics import ece
 
 Make = Callable[..., Path]
@@ -36,8 +37,15 @@ OF_FUNCTIONS = ("qualitative", "decision-regions")
 
 
 @pytest.fixture(scope="module")
-def sweep(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("sweep") / "out", losses=SWEEP)
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Losses at several values of their hyperparameters, never trained."""
+    test = {
+        spec: [calibrated(TEST, 1.5 + 0.2 * place, seed) for seed in range(2)]
+        for place, spec in enumerate(SWEEP)
+    }
+    last = {spec: [2 * logits for logits in runs] for spec, runs in test.items()}
+    seconds = dict.fromkeys(SWEEP, 0.01)
+    return write(tmp_path_factory.mktemp("sweep") / "out", test, last=last, seconds=seconds)
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +68,24 @@ def attacked(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "box": True,
             "asked": 10,
             "rows": 10,
+            "test_share": 0.25,
             "accuracy": {"clean": 0.9, "pgd": 0.8 - 0.1 * seed - radius},
         }
         for spec in ("cross-entropy", "penex")
         for seed in range(2)
-        for epoch in ("best", "last")
+        for epoch in ("refined", "last")
         for norm, radius in (("linf", 2 / 255), ("l2", 0.25))
     ]
     write_json(folder / robustness.FILE, records)
     return folder
 
 
+def several(folders: Sequence[Path]) -> list[plots.Comparison]:
+    return [plots.read(folder) for folder in folders]
+
+
 def drawn(name: str, *folders: Path) -> Figure:
-    return figures.draw(name, figures.gather(folders))
+    return figures.draw(name, several(folders))
 
 
 def line(figure: Figure, label: str, axes: int = 0) -> Any:
@@ -90,7 +103,7 @@ def test_every_figure_is_drawn(
     """Of several comparisons at once, where it can be."""
     folders = {"decision-regions": [plane], "robustness": [attacked, sweep]}
     path = tmp_path / "picture.png"
-    figures.save(name, figures.gather(folders.get(name, [sweep, plane])), path)
+    figures.save(name, several(folders.get(name, [sweep, plane])), path)
     picture = imread(path)
     assert picture[..., :3].std() > 0.02
     assert picture.shape[0] > 300
@@ -100,7 +113,7 @@ def test_every_figure_is_drawn(
 def test_a_file_is_the_same_each_time(suffix: str, finished: Path, tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.{suffix}" for n in "ab"]
     for path in paths:
-        figures.save("margins", figures.gather([finished]), path)
+        figures.save("margins", several([finished]), path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -135,31 +148,32 @@ def test_curves_are_means_over_seeds(sweep: Path) -> None:
         runs = [curves(sweep, "penex=0.1", seed)[column] for seed in range(2)]
         factor = 100 if "accuracy" in column else 1
         epochs, values = line(figure, "PENEX α=0.1", axes)
-        np.testing.assert_array_equal(epochs, [1, 2, 3])
+        np.testing.assert_array_equal(epochs, np.arange(1, 21))
         np.testing.assert_allclose(values, factor * np.mean(runs, axis=0))
     assert figure.axes[2].get_ylabel() == "Accuracy, %"
 
 
-@pytest.mark.parametrize("epoch", ["best", "last"])
-def test_alpha_sweep_shows_test_metrics(sweep: Path, epoch: str) -> None:
+@pytest.mark.parametrize("selection", ["nll", "last"])
+def test_alpha_sweep_shows_test_metrics(sweep: Path, selection: str) -> None:
     figure = drawn("alpha-sweep", sweep)
-    title = {"best": "Best validation epoch", "last": "Last epoch"}[epoch]
+    title = {"nll": "Lowest validation NLL", "last": "Last epoch"}[selection]
     alphas, errors = line(figure, title, axes=2)
     np.testing.assert_array_equal(alphas, [0.01, 0.1, 1])
     for alpha, shown in zip(alphas, errors, strict=True):
-        own = []
-        for seed in range(2):
-            saved = read_logits(run_folder(sweep, f"penex={alpha:g}", seed))
-            logits = (1 + alpha) * saved[f"test_{epoch}"].astype(np.float64)
-            own.append(ece(logits, saved["test_target"]))
-        assert shown == pytest.approx(np.mean(own))
+        place = SWEEP.index(f"penex={alpha:g}")
+        factor = 2 if selection == "last" else 1
+        own = [ece(factor * calibrated(TEST, 1.5 + 0.2 * place, seed), TEST) for seed in range(2)]
+        assert shown == pytest.approx(np.mean(own), abs=1e-6)
     assert figure.axes[0].get_ylabel() == "Accuracy on test rows, %"
     assert 30 < line(figure, title, axes=0)[1].min() <= 100
 
 
 def test_calibration_has_a_panel_for_each_loss_that_was_swept(sweep: Path) -> None:
     figure = drawn("calibration-strength", sweep)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["iris: Focal", "iris: PENEX"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "made-up: Focal",
+        "made-up: PENEX",
+    ]
     strengths, values = line(figure, "Last epoch", axes=0)
     np.testing.assert_array_equal(strengths, [0, 2])
     assert (values < 0).all()
@@ -172,7 +186,6 @@ def test_gradient_norm_is_that_of_the_curves(sweep: Path, tmp_path: Path) -> Non
     for alpha, norm in zip(alphas, norms, strict=True):
         own = [curves(sweep, f"penex={alpha:g}", seed)["gradient_norm"].mean() for seed in (0, 1)]
         assert norm == pytest.approx(np.mean(own))
-    assert norms[0] < norms[1] < norms[2]  # it scales with alpha
     old = Path(shutil.copytree(sweep, tmp_path / "old"))
     for path in (old / "runs").glob("*/*/curve.csv"):
         path.write_text(path.read_text().replace("gradient_norm", "something"))
@@ -203,10 +216,8 @@ def test_error_histogram_counts_the_rows(sweep: Path) -> None:
     figure = drawn("error-histogram", sweep)
     errors = []
     for seed in range(2):
-        saved = read_logits(run_folder(sweep, "penex=1", seed))
-        probability = softmax(2 * saved["test_best"].astype(np.float64), axis=1)
-        target = saved["test_target"]
-        errors.append(1 - probability[np.arange(len(target)), target])
+        probability = softmax(calibrated(TEST, 1.5 + 0.2 * SWEEP.index("penex=1"), seed), axis=1)
+        errors.append(1 - probability[np.arange(len(TEST)), TEST])
     counts, edges = np.histogram(np.concatenate(errors), bins=20, range=(0, 1))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     outline = handles[labels.index("PENEX α=1")].get_xy()
@@ -232,14 +243,26 @@ def test_qualitative_shows_the_largest_probabilities(sweep: Path) -> None:
     assert sorted(filter(None, titles)) == losses
     first, *bars = figure.axes[:4]
     row = int(re.search(r"row (\d+)", first.texts[0].get_text())[1])  # type: ignore[index]
-    saved = read_logits(run_folder(sweep, "penex=0.01", 0))
-    probability = softmax(1.01 * saved["test_best"][row].astype(np.float64))
-    classes = ["setosa", "versicolor", "virginica"]
+    logits = calibrated(TEST, 1.5 + 0.2 * SWEEP.index("penex=0.01"), 0)
+    probability = softmax(logits[row])
     panel = bars[titles[1:4].index("PENEX α=0.01")]
     shown = [text.get_text() for text in panel.texts]
     order = np.argsort(-probability, kind="stable")
-    assert shown == [f"{classes[k]}  {probability[k]:.2f}" for k in order]
-    assert classes[saved["test_target"][row]] in first.texts[0].get_text()
+    assert shown == [f"{CLASSES[k]}  {probability[k]:.2f}" for k in order]
+    assert first.texts[0].get_text() == f"{CLASSES[TEST[row]]}\nrow {row}"
+
+
+def test_qualitative_needs_seed_0(tmp_path: Path) -> None:
+    test = {"cross-entropy": [None, calibrated(TEST, 2, 0)]}
+    with pytest.raises(NothingToShowError, match="Cross-entropy has no finite run at seed 0"):
+        drawn("qualitative", write(tmp_path / "out", test))
+
+
+def test_reliability_without_a_seed_in_common(tmp_path: Path) -> None:
+    logits = calibrated(TEST, 2, 0)
+    folder = write(tmp_path / "out", {"cross-entropy": [logits, None], "focal=0": [None, logits]})
+    titles = [axes.get_title(loc="left") for axes in drawn("reliability", folder).axes]
+    assert titles == ["Cross-entropy\nmade-up", "Focal γ=0\nmade-up"]
 
 
 def test_one_colour_and_dash_for_each_loss() -> None:
@@ -330,13 +353,13 @@ def test_decision_regions_are_of_the_networks(plane: Path) -> None:
 # ---- the whole -------------------------------------------------------------------------------
 
 
-def test_torch_is_imported_only_for_functions(sweep: Path, tmp_path: Path) -> None:
+def test_pyplot_is_not_imported(sweep: Path, tmp_path: Path) -> None:
     names = [name for name in figures.FIGURES if name not in (*OF_FUNCTIONS, "robustness")]
     code = (
-        "import sys; from pathlib import Path; from penex.compare import figures as f\n"
-        "several = f.gather([Path(sys.argv[1])])\n"
+        "import sys; from pathlib import Path; from penex.compare import figures as f, plots\n"
+        "several = [plots.read(Path(sys.argv[1]))]\n"
         "for name in sys.argv[3:]: f.save(name, several, Path(sys.argv[2], name + '.svg'))\n"
-        "print({'torch', 'matplotlib.pyplot', 'art'} & set(sys.modules))"
+        "print({'matplotlib.pyplot', 'art'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code, str(sweep), str(tmp_path), *names]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -347,11 +370,11 @@ def test_torch_is_imported_only_for_functions(sweep: Path, tmp_path: Path) -> No
 def test_the_users_matplotlib_settings_are_neither_used_nor_changed(
     finished: Path, tmp_path: Path
 ) -> None:
-    several = figures.gather([finished])
-    figures.save("margins", several, tmp_path / "a.svg")
+    comparisons = several([finished])
+    figures.save("margins", comparisons, tmp_path / "a.svg")
     with mpl.rc_context({"axes.xmargin": 0.3, "xtick.major.size": 9, "font.size": 20}):
         before = dict(mpl.rcParams)
-        figures.save("margins", several, tmp_path / "b.svg")
+        figures.save("margins", comparisons, tmp_path / "b.svg")
         assert dict(mpl.rcParams) == before
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
@@ -374,7 +397,7 @@ def test_a_formula_in_a_name_is_text(make: Make, tmp_path: Path) -> None:
     np.savez(path, X=np.random.default_rng(0).normal(size=(60, 2)), y=np.tile([0, 1], 30))
     folder = make(tmp_path / "out", data=str(path), seeds=1, epochs=1)
     for name in ("margins", "qualitative", "decision-regions"):
-        figures.save(name, figures.gather([folder]), tmp_path / f"{name}.png")
+        figures.save(name, several([folder]), tmp_path / f"{name}.png")
 
 
 def test_command(sweep: Path, finished: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The report of real, tiny comparisons: what it shows is what was saved, and it stands alone."""
+"""The report shows what was saved, and stands alone."""
 
 import html
 import json
@@ -6,28 +6,29 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
-import pandas as pd
 import pytest
 import yaml
+from folders import TEST, VERSIONS, calibrated, write
 from matplotlib.image import imread
-from sklearn.metrics import log_loss
+from scipy.special import softmax
 from typer.testing import CliRunner
 
 from penex import cli
-from penex.compare import plots, report, tables
-from penex.compare.analysis import curves, summarize
+from penex.compare import plots, report, tables, verdict
+from penex.compare.analysis import SCALINGS
 from penex.compare.errors import CompareError
-from penex.compare.store import read_logits, run_folder
+from penex.compare.selection import SELECTIONS
+from penex.compare.store import read_json, read_logits, run_folder, write_json
 from penex.metrics import METRICS, ece
 
 HOSTILE = ('<script>alert("1")</script>', "a & b_{c} $x$ 50 %", "'><img src=x onerror=alert(2)>")
-VOID = {"br", "meta"}
+VOID = {"br", "input", "meta"}
 
 
 class Page(HTMLParser):
@@ -72,27 +73,85 @@ class Page(HTMLParser):
             self.rows[-1][-1] += f"{data.strip()} " if data.strip() else ""
 
 
+SPECS = ("cross-entropy", "focal=0", "penex")
+
+
+def drawn(specs: tuple[str, ...] = SPECS, seeds: int = 3) -> dict[str, list[Any]]:
+    """Test logits of losses that differ a little."""
+    return {
+        spec: [calibrated(TEST, 1.4 + 0.3 * place, seed) for seed in range(seeds)]
+        for place, spec in enumerate(specs)
+    }
+
+
+def leading(folder: Path) -> Path:
+    """Three losses at three seeds; penex has a clear lead."""
+    test = drawn() | {"penex": [(2 + 0.05 * seed) * np.eye(3)[TEST] for seed in range(3)]}
+    return write(folder, test, seconds=dict.fromkeys(SPECS, 0.01))
+
+
 @pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "out"))
+def folder(tmp_path: Path) -> Path:
+    return leading(tmp_path / "out")
 
 
-def written(folder: Path) -> tuple[dict[str, Any], Page]:
-    return report.write(folder), Page(folder)
+def written(folder: Path, **options: Any) -> tuple[dict[str, Any], Page]:
+    comparison = plots.read(folder, **options)
+    report.write(comparison)
+    return comparison.results, Page(folder)
 
 
-def spoil(folder: Path, spec: str, seed: int, *names: str) -> None:
-    """Make a run one that diverged, at the epochs of `names`."""
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Page]:
+    """What results.json and report.html of that folder hold."""
+    folder = leading(tmp_path_factory.mktemp("shown") / "out")
+    _, page = written(folder)
+    return json.loads((folder / "results.json").read_text(encoding="utf-8")), page
+
+
+def spoil(folder: Path, spec: str, seed: int, *epochs: int) -> None:
+    """Make a run one that diverged, at some epochs."""
     path = run_folder(folder, spec, seed) / "logits.npz"
     arrays = read_logits(path.parent)
-    for name in names:
-        arrays[f"test_{name}"][0, 0] = np.nan
+    for epoch in epochs:
+        arrays[f"test_{epoch}"][0, 0] = np.nan
     np.savez(path, **arrays)
 
 
-def test_stands_alone(copy: Path) -> None:
-    _, page = written(copy)
-    assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
+def diverge(folder: Path, spec: str) -> None:
+    """Make all runs of a loss ones that diverged before their first epoch ended."""
+    for path in (folder / "runs" / spec).iterdir():
+        record = read_json(path / "run.json")
+        nothing = {"epochs": {"last": 20}, "validation": {"last": None}}
+        write_json(path / "run.json", record | nothing)
+        spoil(folder, spec, record["seed"], 20)
+        lines = (path / "curve.csv").read_text().splitlines()
+        values = [re.sub(r",[^,]+", ",nan", line) for line in lines[1:]]
+        (path / "curve.csv").write_text("\n".join([lines[0], *values]) + "\n")
+
+
+def test_of_real_training(finished: Path, tmp_path: Path) -> None:
+    """The whole, once: what was trained is what is shown."""
+    folder = Path(shutil.copytree(finished, tmp_path / "out"))
+    results, page = written(folder)
+    assert verdict.recommendation(results) in page.text
+    assert "No recommendation yet: the losses have 2 seeds in common" in page.text
+    for run in results["runs"]:
+        saved = read_logits(run_folder(folder, run["loss"], run["seed"]))
+        scale = 1.1 if run["loss"] == "penex" else 1.0
+        for part in ("validation", "test"):
+            p = softmax(scale * saved[f"{part}_3"].astype(np.float64), axis=1)
+            target = saved[f"{part}_target"]
+            nll = -np.log(p[np.arange(len(target)), target]).mean()
+            shown = run["validation"]["last"] if part == "validation" else None
+            shown = run["test"]["last"]["link"] if shown is None else shown
+            assert shown["nll"] == pytest.approx(nll, rel=1e-5)
+    assert all(f"{loss['label']} " in [row[0] for row in page.rows] for loss in results["losses"])
+
+
+def test_stands_alone(shown: tuple[dict[str, Any], Page]) -> None:
+    _, page = shown
+    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & set(page.tags)
     for name, value in page.attributes:
         assert not name.startswith("on")
         if name in ("href", "xlink:href", "src", "action", "data"):
@@ -103,200 +162,235 @@ def test_stands_alone(copy: Path) -> None:
     assert "@import" not in page.source
 
 
-def test_ids_are_unique_and_links_lead_to_them(copy: Path) -> None:
-    _, page = written(copy)
+def test_ids_are_unique_and_links_lead_to_them(shown: tuple[dict[str, Any], Page]) -> None:
+    _, page = shown
     links = re.findall(r"(?:href=\"|url\()#([^\")]+)", page.source)
     assert len(links) > 20
     assert len(set(page.ids)) == len(page.ids)
     assert set(links) <= set(page.ids)
 
 
-def test_every_picture_is_described(copy: Path) -> None:
-    _, page = written(copy)
+def test_every_picture_is_described(shown: tuple[dict[str, Any], Page]) -> None:
+    _, page = shown
     described = [value for name, value in page.attributes if name == "aria-label"]
     pictures = len([value for name, value in page.attributes if (name, value) == ("role", "img")])
-    assert pictures == page.tags.count("figure") == 2 + 2 + 1
+    assert pictures == page.tags.count("figure") == 2 + 3 + 1
     assert len(described) >= pictures
     assert all(described)
 
 
-def test_tables_show_what_results_json_holds(copy: Path) -> None:
-    _, page = written(copy)
-    results = json.loads((copy / "results.json").read_text(encoding="utf-8"))
-    shown = iter(page.rows)
-    for epoch in ("best", "last"):
-        assert next(shown) == [f"{name} " for name in ("Loss", *tables.header(), "ms/epoch")]
-        for loss in results["losses"]:
-            row = next(shown)
-            assert row[0] == f"{loss['label']} "
-            for (name, scaling), cell in zip(tables.COLUMNS, row[1:-1], strict=True):
-                value = results["summary"][epoch][scaling][name][loss["spec"]]
-                numbers = [value["mean"], value["half_width"]]
-                if value["difference"]:
-                    numbers += [abs(value["difference"]["mean"]), value["difference"]["half_width"]]
-                texts = re.findall(r"[\d.]+", cell)
-                assert texts == [METRICS[name].format(number) for number in numbers]
-                assert ("★" in cell) == value["best"]
+def test_it_begins_with_the_recommendation(folder: Path) -> None:
+    results, page = written(folder)
+    text = page.text
+    assert verdict.recommendation(results).startswith("Train with PENEX (α = 0.1, lr = 0.001): ")
+    assert text.index(verdict.recommendation(results)) < text.index("Results on test rows")
+    for line in (tables.caption, tables.legend, tables.floor, tables.timing):
+        assert line(results) in text
+    assert f"smaller than {verdict.smallest_difference(results)} in the metric" in text
+    path = run_folder(folder, "penex", 0) / "run.json"
+    write_json(path, read_json(path) | {"versions": VERSIONS | {"torch": "1.0"}})
+    results, page = written(folder)
+    (warning,) = verdict.warnings(results)
+    assert page.text.index(warning) < page.text.index("Results on test rows")
+    assert "1.0; 2.13.0" in page.text
+
+
+def test_tables_show_what_results_json_holds(shown: tuple[dict[str, Any], Page]) -> None:
+    results, page = shown
+    lines = iter(page.rows)
+    title = [f"{name} " for name in ("Loss", *tables.header())]
+    for selection in ("refined", *[name for name in SELECTIONS if name != "refined"]):
+        while next(lines)[: len(title)] != title:
+            pass
+        for row in tables.rows(results, selection):
+            cells = next(lines)
+            facts = [*filter(None, row.settings.split(", ")), row.epochs]
+            assert cells[0].replace(",", "").split() == " ".join([row.label, *facts]).split()
+            for cell, text in zip(row.cells, cells[1:], strict=False):
+                star = "★ " if cell.best else ""
+                change = f"{cell.difference} " if cell.difference else ""
+                assert text == f"{star}{cell.value} {change}"
+    stars = [row for row in page.rows if "★" in "".join(row)]
+    assert len(stars) == 2  # in the table, and among all metrics
+    for label, found in tables.selections(results):
+        for number, one in enumerate(found):
+            line = [f"{text} " for text in (one.title, one.epochs, *one.values)]
+            assert ([f"{label} "] * (number == 0) + line) in page.rows
     for run in results["runs"]:
-        for epoch in ("best", "last"):
-            number = METRICS["margin"].format(run["test"][epoch]["raw"]["margin"])
+        for selection in SELECTIONS:
+            number = METRICS["margin"].format(run["test"][selection]["link"]["margin"])
             assert any(f"{number} " in row and f"{run['seed']} " in row for row in page.rows)
 
 
-def test_settings_data_and_versions_are_shown(copy: Path) -> None:
-    results, page = written(copy)
+def test_plain_softmax_is_shown_where_it_differs(
+    shown: tuple[dict[str, Any], Page], tmp_path: Path
+) -> None:
+    results, page = shown
+    assert "softmax" in page.ids  # of the box that shows the column
+    column = [row[-1] for row in page.rows if len(row) == len(tables.header()) + 2]
+    assert column[0] == "NLL, softmax ↓ "
+    cell = results["summary"]["refined"]["softmax"]["nll"]["penex"]
+    assert column[1:4] == ["– "] * 3  # the majority class, cross-entropy and focal at gamma 0
+    assert column[4].startswith(METRICS["nll"].format(cell["mean"]))
+    _, page = written(write(tmp_path / "same", drawn(SPECS[:2])))
+    assert "softmax" not in page.ids
+    assert "NLL, softmax" not in page.text
+
+
+def test_settings_data_and_versions_are_shown(shown: tuple[dict[str, Any], Page]) -> None:
+    results, page = shown
     settings = re.search(r"<pre>(.*?)</pre>", page.source, re.DOTALL)
     assert settings is not None
     assert yaml.safe_load(html.unescape(settings[1])) == results["config"]
     assert results["data"]["fingerprint"] in page.text
-    assert "setosa, versicolor, virginica" in page.text
-    for name, version in results["runs"][0]["versions"].items():
+    assert "3: a, b, c" in page.text
+    for name, version in VERSIONS.items():
         assert f"{name}{version}" in page.text
     assert "different environments" not in page.text
     assert "penex report FOLDER" in page.text
+    assert {f"{title}, {how}" for title in SELECTIONS.values() for how in SCALINGS.values()} <= {
+        value for name, value in page.attributes if name == "aria-label"
+    }
 
 
-def test_names_from_the_data_are_escaped(make: Callable[..., Path], tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"<b>x</b>": rng.normal(size=45), "</style>": np.tile(HOSTILE, 15)})
-    path = tmp_path / "<i>50% & $_{x}$.csv"
-    frame.to_csv(path, index=False)
-    folder = make(tmp_path / "out", data=str(path), target="</style>", seeds=1, epochs=1)
+def test_names_from_the_data_are_escaped(folder: Path) -> None:
+    described = read_json(folder / "comparison.json")
+    described["data"] |= {"name": "<i>50% & $_{x}$", "classes": list(HOSTILE)}
+    described["config"]["target"] = "</style>"
+    write_json(folder / "comparison.json", described)
     _, page = written(folder)
     assert all(name in page.text for name in HOSTILE)
     assert "<i>50% & $_{x}$" in page.text
     assert page.tags.count("style") == 1
     assert not {"script", "img", "i"} & set(page.tags)
-    assert page.tags.count("b") == 4  # our own: two curves, two reliability diagrams
+    assert page.tags.count("b") == 5  # our own: two curves, three reliability diagrams
     first, second = (folder / "table.tex").read_text(encoding="utf-8").splitlines()[1:3]
     assert first.startswith("% <i>50")
     assert second.startswith("% ")
 
 
-def test_rebuilding_changes_no_byte(copy: Path) -> None:
+def test_rebuilding_changes_no_byte(folder: Path) -> None:
     names = ("results.json", "table.tex", "report.html")
-    report.write(copy)
-    before = [(copy / name).read_bytes() for name in names]
-    report.write(copy)
-    assert [(copy / name).read_bytes() for name in names] == before
-    moved = copy.rename(copy.with_name("moved"))
-    report.write(moved)
+    written(folder)
+    before = [(folder / name).read_bytes() for name in names]
+    moved = folder.rename(folder.with_name("moved"))
+    with mpl.rc_context({"axes.xmargin": 0.3, "xtick.major.size": 9, "font.size": 20}):
+        set_by_user = dict(mpl.rcParams)
+        written(moved)
+        assert dict(mpl.rcParams) == set_by_user
     assert [(moved / name).read_bytes() for name in names] == before
 
 
-def test_neither_torch_nor_pyplot_is_imported(copy: Path) -> None:
+def test_pyplot_is_not_imported(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from penex.compare.report import write;"
-        "write(Path(sys.argv[1])); print({'torch', 'matplotlib.pyplot'} & set(sys.modules))"
+        "import sys; from pathlib import Path; from penex.compare import plots, report;"
+        "report.write(plots.read(Path(sys.argv[1]))); print('matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(copy)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "set()\n"
+    assert done.stdout == "False\n"
 
 
-def test_the_users_matplotlib_settings_are_neither_used_nor_changed(copy: Path) -> None:
-    import matplotlib as mpl
-
-    report.write(copy)
-    before = (copy / "report.html").read_bytes()
-    with mpl.rc_context({"axes.xmargin": 0.3, "xtick.major.size": 9, "font.size": 20}):
-        set_by_user = dict(mpl.rcParams)
-        report.write(copy)
-        assert dict(mpl.rcParams) == set_by_user
-    assert (copy / "report.html").read_bytes() == before
-
-
-def test_unfinished(copy: Path) -> None:
-    shutil.rmtree(run_folder(copy, "penex", 1))
-    _, page = written(copy)
-    assert "only 3 of 4 runs are in" in page.text
-    assert "Without two seeds in common" in page.text
-    shutil.rmtree(run_folder(copy, "penex", 0))
-    _, page = written(copy)
-    assert ["PENEX ", *["– "] * 7] in page.rows
-    shutil.rmtree(copy / "runs")
+def test_unfinished(folder: Path) -> None:
+    shutil.rmtree(run_folder(folder, "penex", 1))
+    _, page = written(folder)
+    assert "Unfinished: 8 of 9 runs have finished." in page.text
+    assert "No recommendation yet: the losses have 2 seeds in common" in page.text
+    for seed in (0, 2):
+        shutil.rmtree(run_folder(folder, "penex", seed))
+    _, page = written(folder)
+    assert ["PENEX ", *["– "] * 7] in [row[:8] for row in page.rows]
+    shutil.rmtree(folder / "runs")
     with pytest.raises(CompareError, match="no finished run"):
-        report.write(copy)
+        written(folder)
+
+
+def test_no_seed_in_common(tmp_path: Path) -> None:
+    (first, *_), second = drawn(SPECS[:1])["cross-entropy"], drawn(("penex",))["penex"]
+    test = {"cross-entropy": [first, None], "penex": [None, second[0]]}
+    _, page = written(write(tmp_path / "out", test))
+    assert "No recommendation yet: the losses have 0 seeds in common" in page.text
+    assert page.tags.count("figure") == 5
 
 
 # numpy leaves the file of a broken archive to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["logits.npz", "run.json", "curve.csv"])
-def test_a_damaged_file_is_named_and_nothing_is_overwritten(copy: Path, name: str) -> None:
-    report.write(copy)
-    before = (copy / "report.html").read_bytes()
-    path = run_folder(copy, "penex", 1) / name
+def test_a_damaged_file_is_named_and_nothing_is_overwritten(folder: Path, name: str) -> None:
+    (folder / "report.html").write_text("before")
+    path = run_folder(folder, "penex", 1) / name
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(CompareError, match=re.escape(str(path))):
-        report.write(copy)
-    assert (copy / "report.html").read_bytes() == before
+        written(folder)
+    assert (folder / "report.html").read_text() == "before"
 
 
-def test_a_curve_that_lacks_epochs_is_damaged(copy: Path) -> None:
-    path = run_folder(copy, "penex", 1) / "curve.csv"
+def test_a_curve_that_lacks_epochs_is_damaged(folder: Path) -> None:
+    path = run_folder(folder, "penex", 1) / "curve.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(CompareError, match=r"curve\.csv is damaged.* of 3 epochs"):
-        report.write(copy)
+    with pytest.raises(CompareError, match=r"curve\.csv is damaged.* of 20 epochs"):
+        written(folder)
 
 
-def test_diverged_at_the_end(copy: Path) -> None:
-    spoil(copy, "penex", 0, "last")
-    results, page = written(copy)
-    assert "PENEX: 1 of 2 runs diverged" in page.text
-    assert any(row[0] == "PENEX (1 of 2 diverged) " for row in page.rows)
-    assert "diverged " in next(row for row in reversed(page.rows) if row[:2] == ["PENEX ", "0 "])
-    assert results["summary"]["last"]["raw"]["nll"]["penex"]["n"] == 1
-
-
-@pytest.mark.parametrize("spec", ["penex", "cross-entropy"])
-def test_diverged_throughout(copy: Path, spec: str) -> None:
-    for seed in range(2):
-        spoil(copy, spec, seed, "best", "last")
-        path = run_folder(copy, spec, seed) / "curve.csv"
-        path.write_text(re.sub(r",[\d.]+", ",nan", path.read_text()))
-    _, page = written(copy)
-    assert page.tags.count("figure") == 4  # no reliability diagram of that loss
-    assert "2 of 2 runs diverged" in page.text
-    assert "nan" not in page.text
-    expected = {"penex": "Without two seeds", "cross-entropy": "No run of cross-entropy"}
-    assert expected[spec] in page.text
-
-
-def test_everything_diverged(copy: Path) -> None:
-    for spec in ("cross-entropy", "penex"):
-        for seed in range(2):
-            spoil(copy, spec, seed, "best", "last")
-            path = run_folder(copy, spec, seed) / "curve.csv"
-            path.write_text(re.sub(r",[\d.]+", ",nan", path.read_text()))
-    _, page = written(copy)
-    assert page.tags.count("figure") == 3
-
-
-def test_other_versions_are_pointed_out(copy: Path) -> None:
-    path = run_folder(copy, "penex", 0) / "run.json"
-    record = json.loads(path.read_text())
-    record["versions"]["torch"] = "1.0"
-    path.write_text(json.dumps(record))
-    _, page = written(copy)
-    assert "different environments (torch; see Versions)" in page.text
-    assert "1.0; " in page.text
-
-
-def test_one_seed_and_no_reference(make: Callable[..., Path], tmp_path: Path) -> None:
-    losses = ("penex=0.03", "penex=0.3", "focal")
-    folder = make(tmp_path / "out", losses=losses, seeds=1, epochs=2)
+def test_diverged_at_the_end(folder: Path) -> None:
+    spoil(folder, "penex", 0, 20)
     results, page = written(folder)
-    assert "Cross-entropy, which others are tested against, is not in this" in page.text
-    assert "★" not in "".join("".join(row) for row in page.rows)
-    assert "±" not in "".join("".join(row) for row in page.rows)
-    looks = {(one.colour, one.dashes) for one in plots.gather(folder, results)}
+    assert "PENEX: 1 of 3 runs diverged. Lower its learning rate." in page.text
+    assert any(row[0].startswith("PENEX (1 of 3 diverged) ") for row in page.rows)
+    every = [row for row in page.rows if row[:2] == ["PENEX ", "0 "]]
+    assert ["diverged " in row for row in every] == [False, False, False, True]
+    assert results["summary"]["last"]["link"]["nll"]["penex"]["n"] == 2
+
+
+@pytest.mark.parametrize("specs", [("penex",), ("cross-entropy",), SPECS], ids=len)
+def test_diverged_throughout(folder: Path, specs: tuple[str, ...]) -> None:
+    for spec in specs:
+        diverge(folder, spec)
+    results, page = written(folder)
+    assert page.tags.count("figure") == 6 - len(specs)  # no reliability diagrams of these
+    assert page.text.count("3 of 3 runs diverged, so it is not ranked.") == len(specs)
+    assert "nan" not in page.text
+    assert ("No recommendation: " in page.text) == ("cross-entropy" in specs)
+    assert all(run["temperature"]["last"] is None for run in results["runs"][:3]) == (
+        "cross-entropy" in specs
+    )
+
+
+def test_one_seed_and_no_reference(tmp_path: Path) -> None:
+    test = drawn(("penex=0.03", "penex=0.3", "focal=0"), seeds=1)
+    results, page = written(write(tmp_path / "out", test))
+    assert "is not part of this comparison" in page.text
+    cells = "".join("".join(row) for row in page.rows)
+    assert "★" not in cells
+    assert "±" not in cells
+    looks = {(one.colour, one.dashes) for one in plots.gather(tmp_path / "out", results)}
     assert len(looks) == 3
-    assert {"PENEX α=0.03 ", "PENEX α=0.3 ", "Focal "} <= {row[0] for row in page.rows}
+    labels = {row[0].split(" lr")[0].strip() for row in page.rows}
+    assert {"PENEX α=0.03", "PENEX α=0.3", "Focal γ=0"} <= labels
 
 
-# ---- published figures, and several comparisons ----------------------------------------------
+def test_command(folder: Path) -> None:
+    options = ["report", str(folder), "--metric", "accuracy", "--min-difference", "0.01"]
+    done = CliRunner().invoke(cli.app, options)
+    assert done.exit_code == 0, done.output
+    results = read_json(folder / "results.json")
+    assert results["config"]["metric"] == results["primary"]["metric"] == "accuracy"
+    assert results["primary"]["threshold"] == 0.01
+    words = " ".join(done.stdout.split())
+    assert words.startswith(verdict.recommendation(results))
+    for line in (tables.caption, tables.legend, tables.floor, tables.timing):
+        assert " ".join(line(results).split()) in words
+    assert f"Report: {folder / 'report.html'}" in words
+    page = Page(folder)
+    assert "smaller than 1 points" in page.text
+    refused = CliRunner().invoke(cli.app, ["report", str(folder), "--metric", "speed"])
+    assert refused.exit_code == 2
+    assert "metric: expected one of accuracy, " in refused.stderr
+
+
+# ---- published values, and several comparisons -----------------------------------------------
 
 
 def publish(folder: Path, *entries: dict[str, Any]) -> None:
@@ -308,64 +402,74 @@ def entry(**values: Any) -> dict[str, Any]:
     return told | values
 
 
-def test_published_figures_stand_beside_ours(copy: Path) -> None:
+def test_published_values_stand_beside_ours(folder: Path) -> None:
     publish(
-        copy,
+        folder,
         entry(),
-        entry(metric="validation_nll", at="best", value=2.067, source="<i>a figure</i>"),
-        entry(loss="focal"),  # not in this comparison
+        entry(metric="validation_nll", at="nll", value=2.067, source="<i>a figure</i>"),
+        entry(metric="nll", scaling="softmax", value=1.5, source="Table 2"),
+        entry(loss="z-loss"),  # not in this comparison
     )
-    results, page = written(copy)
-    assert len(results["published"]) == 2
+    results, page = written(folder)
+    assert len(results["published"]) == 3
     runs = [run for run in results["runs"] if run["loss"] == "penex"]
-    ours = [np.mean([run["test"]["last"]["raw"]["accuracy"] for run in runs])]
-    ours.append(np.mean([run["validation_nll"] for run in runs]))
-    first, second = (row for row in page.rows if row[-1].strip() in ("Table 1", "<i>a figure</i>"))
-    assert first[:3] == ["PENEX ", "Accuracy (test) % ", "Last epoch "]
-    assert first[3].startswith(f"{100 * ours[0]:.1f}±")
-    assert first[4] == "50.0 "
-    assert second[:3] == ["PENEX ", "NLL (validation) ", "Best validation epoch "]
-    assert float(second[3].split("±")[0]) == pytest.approx(ours[1], abs=6e-4)
-    assert second[4] == "2.067 "
+    ours = [np.mean([run["test"]["last"]["link"]["accuracy"] for run in runs])]
+    ours.append(np.mean([run["validation"]["nll"]["nll"] for run in runs]))
+    ours.append(np.mean([run["test"]["last"]["softmax"]["nll"] for run in runs]))
+    sources = ("Table 1", "<i>a figure</i>", "Table 2")
+    lines = [row for row in page.rows if row[-1].strip() in sources]
+    assert lines == [
+        [
+            "PENEX ",
+            "Accuracy (test) % ",
+            "Last epoch ",
+            f"{100 * ours[0]:.1f} ",
+            "50.0 ",
+            "Table 1 ",
+        ],
+        [
+            *("PENEX ", "NLL (validation) ", "Lowest validation NLL ", f"{ours[1]:.3f} "),
+            *("2.067 ", "<i>a figure</i> "),
+        ],
+        ["PENEX ", "NLL (test) ", "Last epoch ", f"{ours[2]:.3f} ", "1.500 ", "Table 2 "],
+    ]
     assert "i" not in page.tags
-
-
-def test_validation_nll_is_that_of_the_curve(copy: Path) -> None:
-    for run in report.write(copy)["runs"]:
-        nll = curves(copy, run["loss"], run["seed"])["validation_nll"]
-        assert run["validation"]["last"] == pytest.approx(nll[-1], rel=1e-4)
-        assert run["validation"]["best"] == pytest.approx(run["validation_nll"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"metric": "speed"}, {"at": "first"}, {"value": "high"}, {"loss": 3}, {"metric": None}],
+    [
+        *({"metric": "speed"}, {"at": "first"}, {"value": "high"}, {"loss": 3}, {"metric": None}),
+        {"scaling": "scaled"},
+    ],
     ids=str,
 )
-def test_published_figures_that_are_not_understood(copy: Path, wrong: dict[str, Any]) -> None:
+def test_published_values_that_are_not_understood(folder: Path, wrong: dict[str, Any]) -> None:
     if "loss" in wrong:
-        publish(copy, {"metric": "nll"})
+        publish(folder, {"metric": "nll"})
     else:
-        publish(copy, entry(**wrong))
+        publish(folder, entry(**wrong))
     with pytest.raises(CompareError, match=r"published\.json: an entry is not understood"):
-        report.write(copy)
+        written(folder)
 
 
 @pytest.fixture
-def several(copy: Path, make: Callable[..., Path], tmp_path: Path) -> list[Path]:
-    """The comparison and one of data, classes and losses with hostile names."""
-    frame = pd.DataFrame({"x": np.arange(45.0) % 7, "y": np.tile(HOSTILE, 15)})
-    path = tmp_path / "<i>50% & $_{x}$.csv"
-    frame.to_csv(path, index=False)
-    losses = ("cross-entropy", "penex=0.5", "focal")
-    options = {"data": str(path), "target": "y", "losses": losses}
-    return [copy, make(tmp_path / "other", **options, seeds=1, epochs=1)]
+def several(folder: Path, tmp_path: Path) -> list[Path]:
+    """The comparison; one of data with a hostile name and another loss; two on a third data set."""
+    other = write(tmp_path / "b", drawn((*SPECS[:1], "penex", "z-loss")), data="<i>50% & $_{x}$")
+    made = [
+        write(tmp_path / f"c{noise}", drawn(), data="third", label_noise=noise)
+        for noise in (0.0, 0.2)
+    ]
+    return [folder, other, *made]
 
 
 def test_several_on_one_page(several: list[Path], tmp_path: Path) -> None:
     publish(several[0], entry())
+    comparisons = [plots.read(folder) for folder in several]
+    results = [one.results for one in comparisons]
     out = tmp_path / "merged"
-    results = report.merge(several, out)
+    report.merge(comparisons, out)
     page = Page(out)
     assert not {"script", "link", "img", "iframe", "object", "base", "i"} & set(page.tags)
     for name, value in page.attributes:
@@ -376,141 +480,108 @@ def test_several_on_one_page(several: list[Path], tmp_path: Path) -> None:
     assert len(set(page.ids)) == len(page.ids)
     assert set(links) <= set(page.ids)
     titles = tables.titles(results)
-    assert titles[0] == "iris, 90 training rows, 2 seeds"
+    assert titles[0] == "made-up, 480 training rows, 3 seeds"
     for one, title in zip(results, titles, strict=True):
         assert [f"{title} "] in page.rows
-        assert page.text.count(title) == 4  # verdict, two tables, section
-        assert report.verdict(one) in page.text
+        assert page.text.count(title) == 4  # recommendation, two tables, section
+        assert verdict.recommendation(one) in page.text
     assert ["PENEX ", "Accuracy (test) % ", "Last epoch "] in [row[:3] for row in page.rows]
-    # Curves and margins of both, and a reliability diagram of each loss.
-    assert page.tags.count("figure") == 2 * 3 + 2 + 3
+    # Curves, margins and a reliability diagram of each loss; and four leaderboards.
+    assert page.tags.count("figure") == 4 * (3 + 3) + 4
     before = [path.read_bytes() for path in sorted(out.iterdir())]
-    report.merge(several, out)
+    report.merge(comparisons, out)
     assert [path.read_bytes() for path in sorted(out.iterdir())] == before
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "table.md", "table.tex"]
     for folder in several:
         assert not (folder / "report.html").exists()
 
 
+def test_leaderboards(several: list[Path]) -> None:
+    """One for the metric of the recommendation, and one for each of a few more."""
+    results = [plots.read(folder).results for folder in several]
+    boards = report.leaderboards(results)
+    titles = [METRICS[name].label for name in ("nll", "accuracy", "smooth_ece", "aurc")]
+    assert [board.title for board in boards] == titles
+    for board in boards:
+        assert {line[0] for line in board.lines} == {"Cross-entropy", "PENEX"}  # in all of them
+        assert board.summary == "4 comparisons of 3 data sets"
+        assert board.picture.startswith('<svg role="img" aria-label="Average ranks by ')
+        assert plots.INK not in board.picture  # it takes the colour of the text around it
+    nll = {
+        title: [
+            each["summary"]["refined"]["scaled"]["nll"][spec]["mean"]
+            for spec in ("cross-entropy", "penex")
+        ]
+        for title, each in zip("abcd", results, strict=True)
+    }
+    wins = np.mean([penex < reference for reference, penex in nll.values()])
+    line = next(line for line in boards[0].lines if line[0] == "PENEX")
+    assert line[3].startswith(f"{100 * wins:.0f} [")
+    # One data set, or no loss in common, has none.
+    assert report.leaderboards(results[2:]) == []
+    alone = [one | {"losses": [one["losses"][n]]} for n, one in enumerate(results[:2])]
+    assert report.leaderboards(alone) == []
+
+
 def test_merging_into_a_comparison_is_refused(several: list[Path]) -> None:
+    comparisons = [plots.read(folder) for folder in several]
     with pytest.raises(CompareError, match="is a comparison of its own; choose another folder"):
-        report.merge(several, several[1] / ".." / several[1].name)
+        report.merge(comparisons, several[1] / ".." / several[1].name)
 
 
-def test_report_command_of_several(several: list[Path], tmp_path: Path) -> None:
+def test_command_with_several(several: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    done = CliRunner().invoke(cli.app, ["report", *map(str, several), "--out", str(out)])
+    options = ["report", *map(str, several), "--out", str(out), "--metric", "brier"]
+    done = CliRunner().invoke(cli.app, options)
     assert done.exit_code == 0, done.output
-    assert "iris, 90 training rows, 2 seeds: best validation epoch" in done.stdout
-    assert f"Report: {out / 'report.html'}" in done.stdout
-    assert (out / "table.md").read_text(encoding="utf-8").startswith("Best validation epoch:")
-
-
-# ---- the verdict -----------------------------------------------------------------------------
-
-
-def findings(results: dict[str, Any], **cells: tuple[float, float | None]) -> dict[str, Any]:
-    """`results` with other differences of PENEX (mean, half width) at the best epoch."""
-    for key in (("accuracy", "raw"), ("nll", "raw"), ("nll", "scaled")):
-        column = results["summary"]["best"][key[1]][key[0]]
-        mean, half = cells.get("_".join(key), (0.0, 1.0))
-        column["penex"]["difference"] = {"mean": mean, "half_width": half, "n": 5}
-        higher = METRICS[key[0]].higher_is_better
-        worse = half is not None and (mean < -half if higher else mean > half)
-        column["cross-entropy"]["best"] = worse
-    return results
-
-
-@pytest.mark.parametrize(
-    ("cells", "expected"),
-    [
-        (
-            {},
-            "On accuracy and NLL, temperature scaled or not, no loss is clearly better than "
-            "cross-entropy.",
-        ),
-        (
-            {"nll_raw": (-0.041, 0.018)},
-            "On accuracy no loss is clearly better than cross-entropy; on NLL PENEX "
-            "(−0.041±0.018) is; on NLL after temperature scaling no loss is.",
-        ),
-        (
-            {"accuracy_raw": (0.02, 0.01), "nll_scaled": (0.2, 0.1)},
-            "On accuracy PENEX (+2.0±1.0 points) is clearly better than cross-entropy; on NLL no "
-            "loss is; on NLL after temperature scaling cross-entropy is clearly better than every "
-            "other loss.",
-        ),
-        (
-            {"accuracy_raw": (-0.2, 0.1), "nll_raw": (0.2, 0.1), "nll_scaled": (0.2, 0.1)},
-            "On accuracy and NLL, temperature scaled or not, cross-entropy is clearly better than "
-            "every other loss.",
-        ),
-    ],
-)
-def test_verdict(finished: Path, cells: dict[str, Any], expected: str) -> None:
-    assert report.verdict(findings(summarize(finished), **cells)) == expected
-
-
-def test_a_loss_that_diverged_is_not_called_better_one_that_is_unfinished_may(
-    finished: Path,
-) -> None:
-    results = findings(summarize(finished), nll_raw=(-0.041, 0.018))
-    results["summary"]["best"]["raw"]["nll"]["penex"]["n"] -= 1
-    assert "PENEX" not in report.verdict(results)
-    results["losses"][1]["runs"] -= 1
-    assert "PENEX" in report.verdict(results)
-
-
-def test_verdict_on_the_reference_alone(finished: Path) -> None:
-    results = summarize(finished)
-    results["losses"] = results["losses"][:1]
-    assert report.verdict(results).startswith("Only cross-entropy was trained")
+    words = " ".join(done.stdout.split())
+    assert "made-up, 480 training rows, 3 seeds: Train with PENEX" in words
+    assert "test Brier score after temperature scaling" in words
+    assert "3 seeds: lowest validation NLL after temperature scaling" in words
+    assert f"Report: {out / 'report.html'}" in words
+    start = "Lowest validation NLL after temperature scaling:"
+    assert (out / "table.md").read_text(encoding="utf-8").startswith(start)
+    assert Page(out).tags.count("h3") > 4
 
 
 # ---- pictures --------------------------------------------------------------------------------
 
 
-def test_evidence_is_pooled_from_the_saved_logits(finished: Path) -> None:
-    results = summarize(finished)
-    one = next(e for e in plots.gather(finished, results) if e.spec == "penex")
-    runs = [run for run in results["runs"] if run["loss"] == "penex"]
-    saved = [read_logits(run_folder(finished, "penex", run["seed"])) for run in runs]
-    logits = 1.1 * np.concatenate([each["test_best"] for each in saved]).astype(np.float64)
-    target = np.concatenate([each["test_target"] for each in saved])
-    bins = one.diagrams["raw"]
+def test_evidence_is_pooled_from_the_saved_logits(folder: Path) -> None:
+    results = plots.read(folder).results
+    one = next(e for e in plots.gather(folder, results) if e.spec == "focal=0")
+    logits = np.concatenate(drawn()["focal=0"])
+    target = np.tile(TEST, 3)
+    bins = one.diagrams["link"]
     some = bins.count > 0
     gap = bins.count[some] * np.abs(bins.accuracy - bins.confidence)[some]
-    assert gap.sum() / len(target) == pytest.approx(ece(logits, target), abs=1e-12)
+    assert gap.sum() / len(target) == pytest.approx(ece(logits, target), abs=1e-6)
     right = logits.argmax(1) == target
     assert one.error == pytest.approx(1 - right.mean())
-    prob = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    prob = softmax(logits, axis=1)
     others = np.where(np.eye(3, dtype=bool)[target], 0, prob).max(1)
     expected = np.log(prob[np.arange(len(target)), target] / others)
-    np.testing.assert_allclose(one.margins, np.sort(expected), atol=1e-9)
-    # The curve's last point is the NLL of the network whose logits were saved.
-    for run, each, nll in zip(runs, saved, one.curves["validation_nll"], strict=True):
-        last = np.exp(1.1 * each["validation_last"].astype(np.float64))
-        prob = last / last.sum(1, keepdims=True)
-        assert nll[-1] == pytest.approx(log_loss(each["validation_target"], prob), rel=1e-4)
-        assert nll[run["best_epoch"] - 1] == min(nll)
+    np.testing.assert_allclose(one.margins, np.sort(expected), atol=1e-5)
+    errors = 1 - prob[np.arange(len(target)), target]
+    np.testing.assert_allclose(one.errors, np.sort(errors), atol=1e-6)
+    scores = [run["validation"]["refined"]["nll"] for run in results["runs"][:3]]
+    assert one.selected == [(8, pytest.approx(score)) for score in scores]
 
 
-def test_colours_stay_with_their_loss(
-    finished: Path, make: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder = make(tmp_path / "out", losses=("penex", "focal", "penex=0.5"), seeds=1, epochs=1)
-    two = {one.spec: one for one in plots.gather(finished, summarize(finished))}
-    three = {one.spec: one for one in plots.gather(folder, summarize(folder))}
-    assert two["penex"].colour == three["penex"].colour
-    assert three["penex"].dashes == ()
-    assert three["penex=0.5"].dashes != ()
-    assert len({one.colour for one in (*two.values(), *three.values())}) == 4
+def test_colours_stay_with_their_loss(folder: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other", drawn(("penex", "focal", "penex=0.5"), seeds=1))
+    three, more = ({e.spec: e for e in plots.read(each).evidence} for each in (folder, other))
+    assert three["penex"].colour == more["penex"].colour
+    assert more["penex"].dashes == ()
+    assert more["penex=0.5"].dashes != ()
+    assert len({one.colour for one in (*three.values(), *more.values())}) == 4
 
 
-def test_overview(finished: Path, tmp_path: Path) -> None:
-    plots.overview(finished, tmp_path / "a.svg")
-    plots.overview(finished, tmp_path / "b.svg")
+def test_overview(folder: Path, tmp_path: Path) -> None:
+    comparison = plots.read(folder)
+    plots.overview(comparison, tmp_path / "a.svg")
+    plots.overview(comparison, tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert ">PENEX<" in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    plots.overview(finished, tmp_path / "a.png")
+    plots.overview(comparison, tmp_path / "a.png")
     assert imread(tmp_path / "a.png").std() > 0.05

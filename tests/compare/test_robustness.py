@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy.special import softmax
 from torch import nn
 from typer.testing import CliRunner
 
 from penex import cli
-from penex.compare import checkpoints, report, robustness, tables
-from penex.compare.analysis import summarize
+from penex.compare import checkpoints, plots, report, robustness, tables
 from penex.compare.errors import CompareError
 from penex.compare.robustness import Target, accuracies, final
+from penex.compare.statistics import resplit_interval
 from penex.compare.store import read_json, read_logits, run_folder, write_json
 
 pytest.importorskip("art", reason="adversarial-robustness-toolbox is not installed")
@@ -210,32 +210,41 @@ def test_records_are_of_every_checkpoint(attacked: Path) -> None:
     assert final(strong) <= final(weak)
 
 
+def of_run(folder: Path, spec: str, seed: int, selection: str) -> np.ndarray:
+    """The saved test logits of a run at a selection."""
+    where = run_folder(folder, spec, seed)
+    epoch = read_json(where / "run.json")["epochs"][selection]
+    return read_logits(where)[f"test_{epoch}"].astype(np.float64)
+
+
 def test_clean_accuracy_is_that_of_the_saved_logits(attacked: Path) -> None:
     """The network is the one that gave the logits: same rows, same weights, at each epoch."""
     for record in robustness.read(attacked):
-        logits = read_logits(run_folder(attacked, record["loss"], record["seed"]))
-        target = logits["test_target"]
+        run = (record["loss"], record["seed"])
+        target = read_logits(run_folder(attacked, *run))["test_target"]
         chosen = np.random.default_rng(record["seed"]).permutation(len(target))[:20]
-        right = logits[f"test_{record['epoch']}"].argmax(1) == target
+        right = of_run(attacked, *run, record["epoch"]).argmax(1) == target
         assert record["accuracy"]["clean"] == pytest.approx(right[chosen].mean())
 
 
-@pytest.mark.parametrize("epoch", ["best", "last"])
+@pytest.mark.parametrize("selection", ["refined", "last"])
 @pytest.mark.parametrize("spec", ["cross-entropy", "penex"])
-def test_a_loaded_network_gives_the_saved_logits(finished: Path, spec: str, epoch: str) -> None:
+def test_a_loaded_network_gives_the_saved_logits(finished: Path, spec: str, selection: str) -> None:
     source = checkpoints.Source(finished)
     state = torch.get_rng_state()
-    model, scale = checkpoints.load_model(source, spec, 1, epoch)
+    model, link = checkpoints.load_model(source, spec, 1, selection)
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
-    assert scale == pytest.approx({"cross-entropy": 1, "penex": 1.1}[spec])
     inputs, _ = source.split(1).test
-    saved = read_logits(run_folder(finished, spec, 1))[f"test_{epoch}"]
+    saved = of_run(finished, spec, 1, selection)
     with torch.no_grad():
-        np.testing.assert_allclose(model(torch.from_numpy(inputs)).numpy(), saved, atol=1e-5)
-        target = source.target(spec, 1, epoch)
-        scaled = target.model(torch.from_numpy(inputs)).numpy()
-    np.testing.assert_allclose(scaled, scale * saved, atol=1e-5)
+        logits = model(torch.from_numpy(inputs))
+        np.testing.assert_allclose(logits.numpy(), saved, atol=1e-5)
+        attacked = source.target(spec, 1, selection).model(torch.from_numpy(inputs)).softmax(1)
+    scale = {"cross-entropy": 1.0, "penex": 1.1}[spec]
+    expected = softmax(scale * saved, axis=1)
+    np.testing.assert_allclose(link(logits).exp().numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(attacked.numpy(), expected, atol=1e-5)
 
 
 def test_a_constrained_network_keeps_its_constraint(
@@ -245,7 +254,7 @@ def test_a_constrained_network_keeps_its_constraint(
     source = checkpoints.Source(folder)
     model, _ = checkpoints.load_model(source, "conex-hard", 0, "last")
     inputs, _ = source.split(0).test
-    saved = read_logits(run_folder(folder, "conex-hard", 0))["test_last"]
+    saved = of_run(folder, "conex-hard", 0, "last")
     with torch.no_grad():
         logits = model(torch.from_numpy(inputs)).numpy()
     np.testing.assert_allclose(logits, saved, atol=1e-5)
@@ -277,10 +286,14 @@ def test_refusals(attacked: Path, copy: Path) -> None:
         robustness.attack(copy, radii={"l1": (1.0,)})
     with pytest.raises(CompareError, match="rows: expected at least 1, got 0"):
         robustness.attack(copy, rows=0)
-    (run_folder(copy, "penex", 0) / "best.ckpt").write_bytes(b"PK")
+    (run_folder(copy, "penex", 0) / "epoch-3.ckpt").write_bytes(b"PK")
     source = checkpoints.Source(copy)
-    with pytest.raises(CompareError, match=r"best\.ckpt is damaged, .*; remove .*seed-0 and run"):
-        checkpoints.load_model(source, "penex", 0, "best")
+    with pytest.raises(CompareError, match=r"epoch-3\.ckpt is damaged, .*; remove .*seed-0 and"):
+        checkpoints.load_model(source, "penex", 0, "last")
+    run = run_folder(copy, "penex", 1) / "run.json"
+    write_json(run, read_json(run) | {"epochs": {"last": 3}})
+    with pytest.raises(CompareError, match="no network for the selection 'nll': the run diverged"):
+        checkpoints.load_model(source, "penex", 1, "nll")
     with pytest.raises(CompareError, match="holds no finished run"):
         checkpoints.load_model(source, "penex", 7, "best")
     shutil.rmtree(copy / "runs")
@@ -298,45 +311,42 @@ def test_other_data_than_trained_on_are_refused(copy: Path) -> None:
 
 def test_summary_is_over_seeds(attacked: Path) -> None:
     records = robustness.read(attacked)
-    cells = robustness.summary(records, "penex", "best", "linf")
+    records += [record | {"seed": 2} for record in records if record["seed"] == 0]
+    cells = robustness.summary(records, "penex", "refined", "linf")
     assert list(cells) == [0, 0.1, 0.5]
     values = [
         final(record)
         for record in records
-        if (record["loss"], record["epoch"], record["radius"]) == ("penex", "best", 0.1)
+        if (record["loss"], record["epoch"], record["radius"]) == ("penex", "refined", 0.1)
     ]
     assert cells[0.1]["mean"] == pytest.approx(np.mean(values))
-    half = stats.t.ppf(0.975, 1) * stats.sem(values)
-    assert cells[0.1]["half_width"] == pytest.approx(half)
-    assert robustness.summary(records, "penex", "best", "l2") == {}
+    interval = resplit_interval(values, test_share=0.25, bounds=(0, 1))
+    assert [cells[0.1][name] for name in ("low", "high")] == [interval.low, interval.high]
+    assert robustness.summary(records, "penex", "refined", "l2") == {}
 
 
 def test_report_shows_it(attacked: Path) -> None:
-    results = report.write(attacked)
+    comparison = plots.read(attacked)
+    results = comparison.results
+    report.write(comparison)
     page = (attacked / "report.html").read_text(encoding="utf-8")
     (table,) = tables.robust(results, robustness.read(attacked))
     assert table.radii == ["0", "0.1", "0.5"]
     assert [label for label, _ in table.rows][:2] == [
-        "Cross-entropy, best validation epoch",
+        "Cross-entropy, lowest validation NLL after temperature scaling",
         "Cross-entropy, last epoch",
     ]
     assert "Under attack" in page
     for _, cells in table.rows:
         for cell in cells:
             assert f"<td>{cell}</td>" in page
-    assert summarize(attacked) == results
-
-
-def test_radius_names() -> None:
-    names = [tables.radius_name(radius) for radius in (0, 1 / 255, 8 / 255, 0.25, 0.5, 1.5)]
-    assert names == ["0", "1/255", "8/255", "0.25", "0.5", "1.5"]
 
 
 def test_command(copy: Path) -> None:
     options = ["attack", str(copy), "--linf", "1/10", "--l2", "", "--rows", "9"]
     done = CliRunner().invoke(cli.app, options)
     assert done.exit_code == 0, done.output
-    assert "cross-entropy, seed 0, best validation epoch: " in done.stdout
+    assert "cross-entropy, seed 0, lowest validation NLL after temperature scaling: " in done.stdout
     assert "% right; L∞ 0.1: " in done.stdout
     assert {record["radius"] for record in robustness.read(copy)} == {0.1}
     assert (copy / "report.html").exists()
@@ -364,14 +374,15 @@ def test_pictures_are_attacked_as_pixels(make: Callable[..., Path], tmp_path: Pa
     with torch.no_grad():
         logits = attacked.model(torch.from_numpy(x)).numpy()
     chosen = np.random.default_rng(0).permutation(12)
-    saved = read_logits(run_folder(folder, "penex", 0))
-    np.testing.assert_allclose(logits, 1.1 * saved["test_last"][chosen], atol=1e-5)
-    np.testing.assert_array_equal(y, saved["test_target"][chosen])
+    saved = of_run(folder, "penex", 0, "last")[chosen]
+    np.testing.assert_allclose(softmax(logits, axis=1), softmax(1.1 * saved, axis=1), atol=1e-5)
+    labels = read_logits(run_folder(folder, "penex", 0))["test_target"]
+    np.testing.assert_array_equal(y, labels[chosen])
     steps = {"pgd": 2, "square": 3}
     robustness.attack(folder, radii={"linf": (1 / 255,)}, rows=12, steps=steps, say=str)
-    (best, _) = robustness.read(folder)
-    assert best["box"] is True
-    assert list(best["accuracy"]) == ["clean", "pgd", "square"]
+    (selected, _) = robustness.read(folder)
+    assert selected["box"] is True
+    assert list(selected["accuracy"]) == ["clean", "pgd", "square"]
     found = checkpoints.test_pictures(folder, 0, np.array([0, 3]))
     np.testing.assert_array_equal(found, arrays["images"][48:][[0, 3]])
 

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from penex._extras import need
 from penex.compare.errors import CompareError
-from penex.compare.selection import LAST, SELECTIONS
+from penex.compare.selection import LAST, in_sentence
 from penex.compare.statistics import resplit_interval
 from penex.compare.store import lock, read_comparison, read_json, room, run_folder, write_json
 
@@ -145,10 +145,7 @@ def attack(
                     count = {"asked": rows, "rows": len(y), "test_share": config.test_size}
                     records.append({**about, **within, **count, "accuracy": left})
             write_json(folder / FILE, records)
-            say(
-                f"{spec}, seed {seed}, {SELECTIONS[epoch].lower()}: "
-                f"{_line(records, spec, seed, epoch)}"
-            )
+            say(f"{spec}, seed {seed}, {in_sentence(epoch)}: {_line(records, spec, seed, epoch)}")
 
 
 def _check(radii: Mapping[str, Sequence[float]], rows: int) -> None:

@@ -26,6 +26,13 @@ SELECTIONS = {
 
 Scores = Mapping[str, float]
 
+
+def in_sentence(selection: str) -> str:
+    """The title of a selection as it follows a colon or a comma."""
+    title = SELECTIONS[selection]
+    return title[0].lower() + title[1:]
+
+
 _RANK: dict[str, Callable[[Scores], tuple[float, ...]]] = {
     "refined": lambda scores: (scores["refined_nll"],),
     "nll": lambda scores: (scores["nll"],),

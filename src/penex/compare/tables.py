@@ -16,7 +16,7 @@ from penex.compare.analysis import primary_scaling
 from penex.compare.leaderboard import Leaderboard
 from penex.compare.registry import LOSSES, REFERENCE
 from penex.compare.robustness import NORMS, summary
-from penex.compare.selection import LAST, SELECTIONS
+from penex.compare.selection import LAST, SELECTIONS, in_sentence
 from penex.compare.verdict import settings, signed
 from penex.metrics import METRICS, Metric
 
@@ -268,7 +268,7 @@ def robust(results: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[A
                 cells = summary(records, loss["spec"], epoch, norm)
                 texts = [_share(cells.get(radius)) for radius in radii]
                 if cells:
-                    rows.append((f"{loss['label']}, {lowered(SELECTIONS[epoch])}", texts))
+                    rows.append((f"{loss['label']}, {in_sentence(epoch)}", texts))
         found.append(Attacked(norm, NORMS[norm], [radius_name(radius) for radius in radii], rows))
     return found
 
@@ -359,7 +359,7 @@ def ranking(title: str, board: Leaderboard, picture: str) -> Ranking:
 
 
 def softmax(results: dict[str, Any], selection: str) -> list[str]:
-    """NLL by plain softmax for every loss; empty where it is the link."""
+    """NLL by plain softmax for every loss, "" where it is the link; empty if it is for all."""
     found = []
     for loss in results["losses"]:
         link, plain = (
@@ -368,7 +368,7 @@ def softmax(results: dict[str, Any], selection: str) -> list[str]:
         )
         same = link["mean"] is None or abs(link["mean"] - plain["mean"]) < 1e-9
         found.append("" if same else cell("nll", plain).value)
-    return found
+    return found if any(found) else []
 
 
 class Line(NamedTuple):
@@ -404,11 +404,6 @@ def merged(several: Sequence[dict[str, Any]], selection: str) -> list[Block]:
         ]
         blocks.append(Block(title, lines))
     return blocks
-
-
-def lowered(title: str) -> str:
-    """A title after a colon or a comma."""
-    return title[0].lower() + title[1:]
 
 
 def titles(several: Sequence[dict[str, Any]]) -> list[str]:
@@ -488,7 +483,7 @@ def terminal(results: dict[str, Any], selection: str, width: int) -> Table:
 
 
 def _terminal(results: dict[str, Any], selection: str, *, stacked: bool) -> Table:
-    table = _bare(f"Test results: {lowered(SELECTIONS[selection])}")
+    table = _bare(f"Test results: {in_sentence(selection)}")
     table.leading = int(stacked)
     table.add_column("Loss")  # wraps between words; from numbers Rich would cut the end off
     for title in header():
@@ -541,7 +536,7 @@ def _bare(title: str) -> Table:
 def merged_terminal(several: Sequence[dict[str, Any]], selection: str) -> Iterator[Table]:
     """For Rich to print on 80 columns or more, a table for each comparison."""
     for block in merged(several, selection):
-        table = _bare(f"{block.title}: {lowered(SELECTIONS[selection])}")
+        table = _bare(f"{block.title}: {in_sentence(selection)}")
         table.add_column("Loss")
         for title in merged_header():
             table.add_column(f"{title} ", justify="right", no_wrap=True)
@@ -607,7 +602,7 @@ def merged_latex(several: Sequence[dict[str, Any]]) -> str:
     lines = _latex_start(len(MERGED), [MERGED_LEGEND], ["Loss", *merged_header()])
     for selection in LATEX_SELECTIONS:
         for block in merged(several, selection):
-            title = f"{block.title}: {lowered(SELECTIONS[selection])}"
+            title = f"{block.title}: {in_sentence(selection)}"
             lines += _latex_section(title, columns)
             for line in block.lines:
                 lines.append(" & ".join([_tex(line.label), *map(_bold, line.cells)]) + r" \\")
