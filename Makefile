@@ -9,7 +9,7 @@ LOCK := pyproject.toml constraints.txt
 .PHONY: demo test lint docs results log-results pictures bench gpu api dist lock clean
 
 demo: .venv/.demo  ## Compare five losses on digits (about a minute)
-	$(BIN)/penex compare --out penex-results
+	$(BIN)/penex compare
 
 test: .venv/.dev  ## The whole test suite, the code blocks of README and docs included
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -22,9 +22,14 @@ lint: .venv/.dev  ## Style and types
 docs: .venv/.dev  ## The documentation, into docs/_build/html; warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-results: .venv/.dev  ## The numbers and the picture of README and docs, made anew
+# What docs/choosing.md shows of weight decay.
+DECAY := --data digits --train-size 300 --weight-decay 0.01 --losses cross-entropy,penex=0.1,penex=0.03
+
+results: .venv/.dev  ## Regenerate the numbers and the picture of README and docs
 	$(BIN)/penex compare --out build/results/digits
 	$(BIN)/penex compare --data digits --train-size 300 --label-noise 0.2 --out build/results/digits-noisy
+	$(BIN)/penex compare $(DECAY) --out build/results/weight-decay
+	$(BIN)/penex compare $(DECAY) --gradient-scale own --out build/results/weight-decay-own
 	$(BIN)/python docs/make_results.py build/results
 
 # What docs/log-penex.md compares: equal budgets of tuning, five seeds, networks of one kind.
@@ -34,7 +39,7 @@ LOG_DIGITS := --data digits --train-size 300
 LOG_LETTER = $(DATA)/letter/letter-recognition.csv --target Letter --train-size 1000
 LOG_FASHION = hub:zalando-datasets/fashion_mnist --data-dir $(DATA)/fashion_mnist --train-size 1000
 
-log-results: .venv/.dev  ## The tables of docs/log-penex.md, made anew (half an hour)
+log-results: .venv/.dev  ## Regenerate the tables of docs/log-penex.md (half an hour)
 	@test -e "$(DATA)/letter/letter-recognition.csv" -a -d "$(DATA)/fashion_mnist" || \
 	  { echo "make log-results DATA=FOLDER: FOLDER holds letter/letter-recognition.csv (UCI) and fashion_mnist/ (the hub's Parquet files)"; exit 2; }
 	$(LOG_COMPARE) $(LOG_DIGITS) --out build/results/log-penex/digits
@@ -45,11 +50,11 @@ log-results: .venv/.dev  ## The tables of docs/log-penex.md, made anew (half an 
 	$(LOG_COMPARE) $(LOG_FASHION) --label-noise 0.3 --out build/results/log-penex/fashion-noisy
 	$(BIN)/python docs/make_log_results.py build/results/log-penex
 
-pictures: .venv/.dev  ## The pictures of the pages that explain the losses, made anew
+pictures: .venv/.dev  ## Regenerate the pictures of the pages that explain the losses
 	$(BIN)/python docs/make_pictures.py
 	$(BIN)/python docs/make_log_penex.py
 
-bench: .venv/.dev  ## Time and memory on the CPU, and docs/performance.md made anew (some minutes)
+bench: .venv/.dev  ## Time and memory on the CPU, and docs/performance.md regenerated (some minutes)
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.step
@@ -68,7 +73,7 @@ gpu: .venv/.dev  ## The tests that need a CUDA device, then the benchmarks on it
 	$(BIN)/python -m benchmarks.page
 	$(BIN)/python -m benchmarks.linear_page
 
-api: .venv/.dev  ## Accept a change of the public names: tests/api.txt made anew
+api: .venv/.dev  ## Accept a change of the public names: regenerates tests/api.txt
 	$(BIN)/python tests/test_api.py > tests/api.txt
 
 dist: .venv/.dev  ## Wheel and sdist, checked, into dist
@@ -93,5 +98,5 @@ clean:  ## Remove the environment and what was built
 	@touch $@
 
 .venv/.dev: $(LOCK) | .venv/bin/python
-	$(PIP) install --constraint constraints.txt --editable '.[compare,data,attacks,transformers,ray,onnx,docs,dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[compare,excel,data,attacks,transformers,ray,onnx,docs,dev]'
 	@touch $@ .venv/.demo

@@ -1,4 +1,4 @@
-"""Writes docs/results/log-penex and the tables of docs/log-penex.md, from comparisons made before.
+"""Write docs/results/log-penex and the tables of docs/log-penex.md, for comparisons that were run.
 
 Called by `make log-results`, which runs the comparisons first.
 """
@@ -6,35 +6,39 @@ Called by `make log-results`, which runs the comparisons first.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from make_results import DOCS, insert
 
-from penex.compare import tables
+from penex.compare import tables, verdict
 
 PAGE = DOCS / "log-penex.md"
 RESULTS = DOCS / "results" / "log-penex"
 NAMES = ("digits", "digits-noisy", "letter", "letter-noisy", "fashion", "fashion-noisy")
 COLUMNS = (
-    ("best", "raw", "accuracy"),
-    ("best", "raw", "nll"),
-    ("best", "scaled", "nll"),
-    ("last", "raw", "accuracy"),
-    ("last", "raw", "nll"),
+    ("refined", "link", "accuracy"),
+    ("refined", "scaled", "nll"),
+    ("refined", "link", "nll"),
+    ("refined", "scaled", "smooth_ece"),
+    ("last", "link", "nll"),
 )
 
 
-def table(results: Path) -> str:
-    """A row for each loss; what is clear of chance, and better than cross-entropy, is bold."""
-    content = json.loads(results.read_text(encoding="utf-8"))
+def table(results: dict[str, Any]) -> str:
+    """The recommendation, and a row for each loss; better than cross-entropy is bold."""
     lines = [
-        "| Loss | Accuracy % ↑ | NLL ↓ | NLL (T) ↓ | last: % ↑ | last: NLL ↓ |",
+        f"> {verdict.recommendation(results)}",
+        "",
+        "| Loss | Accuracy % ↑ | NLL (T) ↓ | NLL ↓ | Smooth ECE (T) ↓ | last epoch: NLL ↓ |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for loss in content["losses"]:
-        row = [loss["label"]]
+    for loss in results["losses"]:
+        facts = f"{verdict.settings(loss)}, {tables.span(loss['epochs']['refined'])}"
+        row = [f"{loss['label']}<br>{facts}"]
         for epoch, scaling, metric in COLUMNS:
-            cell = tables.cell(metric, content["summary"][epoch][scaling][metric][loss["spec"]])
-            row.append(f"**{cell.value}**" if cell.sign > 0 else cell.value)
+            cell = tables.cell(metric, results["summary"][epoch][scaling][metric][loss["spec"]])
+            star = " ★" if cell.best else ""
+            row.append(f"**{cell.value}**{star}" if cell.sign > 0 else cell.value)
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -43,11 +47,11 @@ def main(folder: Path) -> None:
     RESULTS.mkdir(exist_ok=True)
     for name in NAMES:
         content = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
-        del content["runs"]  # most of the file, and nothing that the page shows
         saved = RESULTS / f"{name}.json"
+        insert(PAGE, name, table(content))
+        del content["runs"]  # most of the file, and nothing that the page shows
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         saved.write_text(text + "\n", encoding="utf-8")
-        insert(PAGE, name, table(saved))
 
 
 if __name__ == "__main__":

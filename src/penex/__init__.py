@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from penex import functional, inference, losses, metrics
     from penex.functional import penex_loss
-    from penex.linear import LinearPENEX
+    from penex.linear import LinearLoss, LinearPENEX
     from penex.losses import PENEX, LogPENEX
 
 __version__ = "0.1.0"
 __all__ = [
     "PENEX",
+    "LinearLoss",
     "LinearPENEX",
     "LogPENEX",
     "__version__",
@@ -28,6 +29,7 @@ __all__ = [
 
 _MODULES = ("functional", "inference", "losses", "metrics")
 _HOME = {
+    "LinearLoss": "penex.linear",
     "LinearPENEX": "penex.linear",
     "LogPENEX": "penex.losses",
     "PENEX": "penex.losses",

@@ -157,9 +157,10 @@ def compare(
         str | None,
         typer.Argument(
             metavar="DATA",
-            help="Table (.csv, .parquet), arrays (.npz), folder of images in a folder for each "
-            "class, hub:OWNER/NAME for a data set of the Hugging Face hub, or one of digits, wine, "
-            "breast_cancer, iris. Default: digits with 300 training rows.",
+            help="Table (.csv, .tsv, .xlsx, .parquet), folder of train.csv and test.csv, arrays "
+            "(.npz), folder of images in a folder for each class, hub:OWNER/NAME for a data set of "
+            "the Hugging Face hub, or one of digits, wine, breast_cancer, iris. Default: digits "
+            "with 300 training rows.",
             show_default=False,
         ),
     ] = None,
@@ -205,8 +206,13 @@ def compare(
     ] = None,
     jobs: Jobs = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for results; an unfinished comparison there continues.")
-    ] = Path("penex-results"),
+        Path | None,
+        typer.Option(
+            help="Folder for results; an unfinished comparison there continues. (default: "
+            "penex-results/NAME, the name being that of the data set)",
+            show_default=False,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -217,10 +223,65 @@ def compare(
         str | None,
         typer.Option(help="Column of a table that holds a text to classify.", rich_help_panel=DATA),
     ] = None,
+    drop: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns of a table to leave out, separated by commas. (default: none)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns of a table to use, separated by commas. (default: all)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of a table whose rows of one value (a patient, say) stay in one part.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of a table by which the newest rows are the test, and the newest of the "
+            "others validation.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    validation_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Table of validation rows, where DATA is a table. (default: they are drawn)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    test_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Table of test rows, where DATA is a table. (default: they are drawn)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     classes: Annotated[
         str | None,
         typer.Option(
             help="Classes to keep, separated by commas. (default: all)", rich_help_panel=DATA
+        ),
+    ] = None,
+    min_class_rows: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Leave out classes of fewer than N rows. (default: none)",
+            rich_help_panel=DATA,
         ),
     ] = None,
     data_dir: Annotated[
@@ -418,7 +479,14 @@ def compare(
             data_dir=None if data_dir is None else str(data_dir),
             target=target,
             text=text,
+            drop=_words(drop),
+            keep=_words(keep),
+            group=group,
+            time=time,
+            validation_file=validation_file,
+            test_file=test_file,
             classes=_words(classes),
+            min_class_rows=min_class_rows,
             parts=parts,
             train_size=train_size,
             validation_size=validation_size,
@@ -451,12 +519,13 @@ def compare(
             metric=metric,
             min_difference=min_difference,
         )
-        _announce(console, settings, out)
-
+        from penex.compare.data import short_name
         from penex.compare.display import Display
         from penex.compare.ranks import leads
         from penex.compare.runner import compare as run
 
+        out = out or Path("penex-results") / short_name(settings.data)
+        _announce(console, settings, out)
         run(settings, out, execution=execution, display=Display(console))
         if leads():
             _report(console, out)
@@ -691,6 +760,7 @@ def _list(console: Console) -> None:
 
 def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, Any]]") -> None:
     from penex.compare import tables
+    from penex.compare.registry import contender
     from penex.compare.reproduce import FILE
     from penex.compare.store import read_json
 
@@ -707,6 +777,15 @@ def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, An
                 f"{row.label}, {row.metric}, {epoch}: {row.ours} (published: "
                 f"{row.published}; {row.source})"
             )
+    if curves := record["curves"]:
+        for each in curves["distances"]:
+            if each["rms"] is not None:
+                console.print(
+                    f"{contender(each['loss']).label}: validation NLL is {each['rms']:.3f} from "
+                    f"the published curve (root mean square of epochs {each['first']} to "
+                    f"{each['last']}; {curves['source']})"
+                )
+        console.print(f"Figure of the published curves: {curves['figure']}", soft_wrap=True)
     console.print("Where this differs from the paper:")
     for deviation in record["deviations"]:
         console.print(f"- {deviation}")

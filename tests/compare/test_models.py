@@ -101,7 +101,7 @@ def test_the_convnet_is_the_papers(side: int, classes: int, inputs: int) -> None
     layers = [module for module in model.modules() if not list(module.children())]
     kinds = [type(layer).__name__ for layer in layers if not isinstance(layer, nn.ModuleList)]
     assert kinds == [
-        *["Conv2d", "ReLU", "MaxPool2d"] * 3,
+        *["Conv2d", "MaxPool2d", "ReLU"] * 3,  # ReLU first in the paper, see below
         *["Flatten", "Dropout", "Linear", "ReLU", "Linear"],
     ]
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
@@ -113,6 +113,21 @@ def test_the_convnet_is_the_papers(side: int, classes: int, inputs: int) -> None
         9 * before * after + after for before, after in ((3, 32), (32, 64), (64, 128))
     ) + sum(before * after + after for before, after in ((inputs, 256), (256, classes)))
     assert sum(p.numel() for p in model.parameters()) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_convnet_computes_what_the_papers_does(channels: int) -> None:
+    """Which has ReLU before pooling, and its images in the usual layout of memory."""
+    torch.manual_seed(0)
+    model = ConvNet((channels, 17, 11), 4, dropout=0.0, deep_supervision=False).double()
+    blocks = [nn.Sequential(block[0], nn.ReLU(), nn.MaxPool2d(2)) for block in model.blocks]
+    papers = nn.Sequential(*blocks, model.top)
+    images = torch.randn(5, channels, 17, 11, dtype=torch.float64)
+    outputs = [network(images) for network in (model, papers)]
+    torch.testing.assert_close(*outputs)
+    weights = list(model.parameters())
+    gradients = [torch.autograd.grad(output.square().sum(), weights) for output in outputs]
+    torch.testing.assert_close(*gradients)
 
 
 def test_heads_are_for_training_only() -> None:

@@ -36,8 +36,24 @@ class Config(BaseModel):
     target: str | None = None
     text: str | None = None
     """Column of a table that holds the text to classify; the other columns are left out."""
+    drop: tuple[str, ...] | None = None
+    """Columns of a table that are no features."""
+    keep: tuple[str, ...] | None = None
+    """The only columns of a table that are features; None: all but those of other settings."""
+    group: str | None = None
+    """Column of a table whose rows of one value (a patient, say) stay together in one part. It is
+    no feature."""
+    time: str | None = None
+    """Column of a table with dates or numbers by which the newest rows are the test, and the newest
+    of the others validation. It is no feature."""
+    validation_file: str | None = None
+    """A table of validation rows, beside the one that `data` names."""
+    test_file: str | None = None
+    """A table of test rows, beside the one that `data` names."""
     classes: tuple[str, ...] | None = None
     """Names of the classes to keep."""
+    min_class_rows: Positive | None = None
+    """Classes of fewer rows are left out; None: they are refused where parts need more."""
     parts: Literal["given", "test", "validation-as-test", "drawn"] = "given"
     """Which parts that the data comes with are used: all; the test part alone, validation being
     drawn from all other rows; the validation part as test, the real one (without labels, say)
@@ -131,13 +147,26 @@ class Config(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _columns_have_one_use(self) -> "Config":
+        for one, other in (("drop", "keep"), ("group", "time"), ("text", "drop"), ("text", "keep")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(f"{one} and {other} exclude each other; leave one of them out")
+        if self.time is not None and self.test_split == "per-seed":
+            raise ValueError(
+                f"{named('test_split')}: expected once with time, got per-seed: the newest rows "
+                "are the same for every seed"
+            )
+        return self
+
     def shares_test_rows(self, given: Collection[str]) -> bool:
         """Whether the test rows are the same for all seeds.
 
         Args:
             given: Names of the parts that the data set comes with, ``Dataset.official`` say.
         """
-        return "test" in given or self.tune > 0 or self.test_split == "once"
+        once = self.test_split == "once" or self.time is not None
+        return "test" in given or self.tune > 0 or once
 
     def settings(self) -> dict[str, Any]:
         """As plain values, for files."""
@@ -149,7 +178,18 @@ class Config(BaseModel):
         Losses and seeds may be added later, with learning rates of their own, and the report may
         change; the data is identified by its content, not by its path.
         """
-        variable = {"losses", "lr_of", "seeds", "data", "data_dir", "target", "text"}
+        variable = {
+            "losses",
+            "lr_of",
+            "seeds",
+            "data",
+            "data_dir",
+            "target",
+            "text",
+            "group",
+            "time",
+        }
+        variable |= {"drop", "keep", "min_class_rows", "validation_file", "test_file"}
         variable |= {"metric", "min_difference"}
         if not self.tune:
             variable.add("select")

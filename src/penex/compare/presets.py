@@ -42,6 +42,19 @@ class Published(BaseModel):
     source: str
 
 
+class PublishedCurves(BaseModel):
+    """Published validation NLL by epoch."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experiment: str
+    file: str
+    """CSV, beside the preset: the epoch, from 1, and a column for each loss, called as there."""
+    link: tuple[str, ...]
+    """The losses that were scored by their link; the others by plain softmax."""
+    source: str
+
+
 class Preset(BaseModel):
     """Facts of one or several experiments."""
 
@@ -54,6 +67,8 @@ class Preset(BaseModel):
     """By name: `like`, a data set of the defaults; and settings that override its own."""
     figures: tuple[str, ...]
     published: tuple[Published, ...] = ()
+    curves: PublishedCurves | None = None
+    """Of one of the experiments, if there are any."""
     deviations: tuple[str, ...] = ()
     """How it differs from the paper, and why."""
     smoke: dict[str, Any]
@@ -61,9 +76,13 @@ class Preset(BaseModel):
 
     @model_validator(mode="after")
     def _published_of_its_experiments(self) -> "Preset":
+        named = [one.experiment for one in self.published]
+        if self.curves is not None:
+            named.append(self.curves.experiment)
+        for experiment in named:
+            if experiment not in self.experiments:
+                raise ValueError(f"published: there is no experiment {experiment!r}")
         for one in self.published:
-            if one.experiment not in self.experiments:
-                raise ValueError(f"published: there is no experiment {one.experiment!r}")
             if one.loss not in self.configs()[one.experiment].losses:
                 raise ValueError(f"published: {one.experiment} has no loss {one.loss!r}")
         return self

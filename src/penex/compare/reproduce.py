@@ -2,7 +2,7 @@
 
 out/
 <experiment>/        a comparison's folder, for each experiment, with published.json
-figures/             the preset's figures
+figures/             the preset's figures, and its published curves beside ours
 reproduction.json    what was reproduced, and where it differs from the paper
 report.html ...      of several experiments together
 data/                what --smoke made up, where no data was given
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from penex.compare import figures, plots, report
+from penex.compare import figures, plots, published, report
 from penex.compare.config import Config, Execution
 from penex.compare.display import Display
 from penex.compare.presets import Preset, preset
@@ -95,6 +95,7 @@ def reproduce(
             "smoke": smoke,
             "experiments": list(folders),
             "figures": _figures(facts, several, folder / "figures"),
+            "curves": _curves(facts, configs, folder),
             "deviations": list(facts.deviations),
         }
         write_json(folder / FILE, record)
@@ -133,6 +134,20 @@ def _published(facts: Preset, experiment: str, config: Config) -> list[dict[str,
         for one in facts.published
         if one.experiment == experiment and one.loss in config.losses
     ]
+
+
+def _curves(facts: Preset, configs: dict[str, Config], folder: Path) -> dict[str, Any] | None:
+    """Draw the published curves beside ours, and say how far they are apart; None: there are none.
+
+    The file of the figure is under "figure", the rest as of :func:`penex.compare.published.write`.
+    """
+    curves = facts.curves
+    if curves is None or curves.experiment not in configs:
+        return None
+    figure = "figures/published.png"
+    own = folder / curves.experiment
+    found = published.write(curves, configs[curves.experiment], own, folder / figure)
+    return {"figure": figure, **found}
 
 
 def _figures(facts: Preset, comparisons: Sequence[plots.Comparison], into: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from penex.compare.columns import uses, warnings
 from penex.compare.config import Config, Execution, Task
 from penex.compare.data import load
 from penex.compare.dataset import Dataset, Texts
@@ -56,6 +57,10 @@ def compare(config: Config, folder: Path, *, execution: Execution, display: Disp
     dataset = load(config)
     for seed in range(config.seeds):  # refuse now what would be refused after hours
         draw_rows(dataset, seed, config)
+    for line in (*dataset.notes, *uses(dataset)):
+        display.note(line)
+    for line in warnings(dataset):
+        display.warn(line)
     with contextlib.ExitStack() as stack:
         stack.enter_context(joined())
         decided(lambda: _enter(stack, config, folder, dataset))
@@ -84,14 +89,14 @@ def compare(config: Config, folder: Path, *, execution: Execution, display: Disp
 def _measure_times(
     config: Config, folder: Path, values: Mapping[str, Mapping[str, float]], pool: Workers
 ) -> None:
-    """Record the time of a training epoch of each loss, one after the other and nothing beside."""
+    """Record the time of a training epoch of each loss, measured one at a time."""
     path = folder / "timing.json"
     known: dict[str, float] = decided(lambda: read_json(path) if path.exists() else {})
     missing = [spec for spec in config.losses if spec not in known]
     for spec in missing:
         (known[spec],) = pool.each(_measure, [(spec, values[spec]["knob"])])
     if missing and leads():
-        write_json(path, {spec: known[spec] for spec in known})
+        write_json(path, known)
 
 
 def _pairs(config: Config) -> list[tuple[int, str]]:

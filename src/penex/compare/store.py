@@ -104,7 +104,7 @@ def claim(folder: Path, config: Config, dataset: Dataset) -> None:
         changed = [
             f"{named(name)} was {before[name]!r}, is {now[name]!r}"
             for name in now
-            if before[name] != now[name]
+            if name in before and before[name] != now[name]
         ]
         if data_before["fingerprint"] != dataset.fingerprint:
             changed.append(f"data was {_data(data_before)}, is {_data(data)}")
@@ -295,6 +295,11 @@ def _held(partial: Path) -> Iterator[bool]:
         lock.release()
 
 
+def unfinished_curves(folder: Path) -> list[Path]:
+    """The curve.csv of a run that is to become `folder`; several if it was begun several times."""
+    return list(folder.parent.glob(f"{_PARTIAL}{glob.escape(folder.name)}-{_ID}/curve.csv"))
+
+
 def epochs_done(folders: Iterable[Path], epochs_per_run: int) -> int:
     """How many epochs the runs of these `folders` have behind them, finished or not."""
     epochs = 0
@@ -302,7 +307,7 @@ def epochs_done(folders: Iterable[Path], epochs_per_run: int) -> int:
         if folder.exists():
             epochs += epochs_per_run
             continue
-        for curve in folder.parent.glob(f"{_PARTIAL}{folder.name}-*/curve.csv"):
+        for curve in unfinished_curves(folder):
             with contextlib.suppress(FileNotFoundError):  # finished between look and reading
                 epochs += max(curve.read_bytes().count(b"\n") - 1, 0)
     return epochs
