@@ -397,3 +397,15 @@ def test_the_linear_head_takes_a_rule_and_refuses_what_is_no_function_of_two_num
             penex.functional.linear_loss(hidden, weight, target, criterion=criterion)
         with pytest.raises(error, match=message):
             penex.LinearLoss(4, 5, criterion=criterion)
+
+
+@pytest.mark.parametrize("q", [0.3, 0.7])
+def test_generalized_cross_entropy_gives_back_the_probabilities_at_its_minimum(q: float) -> None:
+    p = torch.tensor([[0.1, 0.2, 0.7], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    logits = (p.log() / (1 - q)).requires_grad_()  # softmax(f)^(1 - q) is proportional to p
+    criterion = penex.losses.GeneralizedCrossEntropyLoss(q, reduction="none")
+    labels = [criterion(logits, torch.full((2,), k)) for k in range(3)]
+    expected = (p * torch.stack(labels, 1)).sum()
+    (gradient,) = torch.autograd.grad(expected, logits)
+    assert gradient.abs().max() < 1e-12
+    torch.testing.assert_close(criterion.predict_proba(logits.detach()), p)
