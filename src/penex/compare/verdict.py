@@ -22,6 +22,8 @@ TEMPERATURES = (0.2, 5.0)
 """A temperature outside says that the probabilities need more than a correction."""
 EXTREME_NLL = 10.0
 """A row with a larger NLL, in nats, was given a probability below 5e-5."""
+ABSURD_NLL = 50.0
+"""A larger one warrants a warning even if it occurs in one run only."""
 EXTREME_SHARE = 0.5
 """If the worst hundredth of the rows make more than this share of the NLL, they decide it."""
 NEAR_MAJORITY = 0.02
@@ -279,7 +281,8 @@ def _extreme_rows(results: dict[str, Any]) -> list[str]:
             for each in extreme
             if each["share"] > EXTREME_SHARE and each["largest"] > EXTREME_NLL
         ]
-        if decided:
+        blown_up = any(each["largest"] > ABSURD_NLL for each in decided)
+        if blown_up or len(decided) > len(extreme) / 2:
             worst = max(decided, key=lambda each: float(each["share"]))
             rows = worst["rows"]
             found.append(
