@@ -50,6 +50,8 @@ def main(folder: Path) -> None:
         saved = RESULTS / f"{name}.json"
         insert(PAGE, name, table(content))
         del content["runs"]  # most of the file, and nothing that the page shows
+        for setting in ("data", "data_dir"):  # a path is of the machine that ran it
+            content["config"][setting] = Path(content["config"][setting] or "").name
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         saved.write_text(text + "\n", encoding="utf-8")
 
