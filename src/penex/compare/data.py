@@ -69,7 +69,16 @@ def load(config: Config) -> Dataset:
         raise CompareError(f"cannot read {config.data}: {error}.") from error
     if config.classes is not None:
         content = _of_classes(content, config.classes, config.data)
-    _check_classes(content, config.data)
+    return checked(name, content, config.data)
+
+
+def checked(name: str, content: Content, source: str) -> Dataset:
+    """A data set of what a source holds.
+
+    Raises:
+        CompareError: Its classes are too few, or have too few rows.
+    """
+    _check_classes(content, source)
     return Dataset(
         name,
         content.features,

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ class Texts:
         return [self.texts[row] for row in rows]
 
 
+ClassType = Literal["str", "int", "float", "bool"]
 Features = npt.NDArray[np.float32] | pd.DataFrame | Images | Texts
 
 
@@ -51,6 +53,7 @@ class Dataset:
             images too many to decode at once, file sizes stand for the pixels.
         official: Row numbers (int64) of the parts that the data set comes with: "validation" and
             "test", either of which may be missing. All other rows are for training.
+        class_type: What the class names were before they became text.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Dataset:
     classes: tuple[str, ...]
     fingerprint: str
     official: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    class_type: ClassType = "str"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     comparison.json                    configuration, data and its fingerprint
     tuning/<loss>/trial-000/           as a run, for each trial
-    runs/<loss>/seed-0/                run.json, curve.csv, logits.npz, epoch-12.ckpt, ...
+    runs/<loss>/seed-0/                run.json, curve.csv, logits.npz, model.json, ...
     timing.json                        seconds of a training epoch, each loss measured alone
     results.json  table.tex  report.html
 
@@ -208,7 +208,7 @@ def trial_folder(folder: Path, spec: str, trial: int) -> Path:
 
 def checkpoint_file(run: Path, epoch: int) -> Path:
     """Where a run keeps the network of a selected epoch."""
-    return run / f"epoch-{epoch}.ckpt"
+    return run / f"epoch-{epoch}.safetensors"
 
 
 @contextlib.contextmanager

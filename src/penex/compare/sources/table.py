@@ -5,6 +5,7 @@ fitted later, on training rows only (see :mod:`penex.compare.splits`).
 """
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -115,14 +116,7 @@ def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
 def _frame(path: Path, config: Config) -> pd.DataFrame:
     """A table as it is, with the columns that the configuration names."""
     target, text = config.target, config.text
-    ending = next(ending for ending in ENDINGS if path.name.lower().endswith(ending))
-    try:
-        names, frame = (
-            _read_parquet(path) if ending == ".parquet" else _read_text(path, ending, text)
-        )
-    except (*UNREADABLE, pd.errors.ParserWarning) as error:
-        expected = "a Parquet file" if ending == ".parquet" else f"a {ending} table in UTF-8"
-        raise unreadable(path, expected, error) from error
+    names, frame = read_frame(path, text)
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise CompareError(
             f"{path}: column names must differ, but {listed(repeated)} come(s) more than once."
@@ -140,6 +134,31 @@ def _frame(path: Path, config: Config) -> pd.DataFrame:
         what = f"feature columns beside {target!r}" if len(frame) else "rows below its header"
         raise CompareError(f"{path} has no {what}; nothing to learn from.")
     return frame
+
+
+def read_frame(
+    path: Path, text: str | None, as_text: Collection[str] = ()
+) -> tuple[list[str], pd.DataFrame]:
+    """Column names as written, and the content of a table.
+
+    Args:
+        path: The file.
+        text: A column that is read as it is written: "None", "NA" and "12" are texts too.
+        as_text: Columns whose numbers are text ("007"), missing values aside.
+
+    Raises:
+        CompareError: The file cannot be read.
+    """
+    ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
+    if ending is None:
+        raise CompareError(f"{path}: expected a table ending in {', '.join(ENDINGS)}")
+    try:
+        if ending == ".parquet":
+            return _read_parquet(path)
+        return _read_text(path, ending, text, as_text)
+    except (*UNREADABLE, pd.errors.ParserWarning) as error:
+        expected = "a Parquet file" if ending == ".parquet" else f"a {ending} table in UTF-8"
+        raise unreadable(path, expected, error) from error
 
 
 def _content(
@@ -166,7 +185,9 @@ def texts(column: "pd.Series[str]", source: str) -> Texts:
     return Texts(column.tolist())
 
 
-def _read_text(path: Path, ending: str, text: str | None) -> tuple[list[str], pd.DataFrame]:
+def _read_text(
+    path: Path, ending: str, text: str | None, as_text: Collection[str]
+) -> tuple[list[str], pd.DataFrame]:
     """Header as written, and content, of a CSV or TSV file in UTF-8."""
     with warnings.catch_warnings():
         # Rows longer than the header would lose their last fields with no more than this warning.
@@ -177,8 +198,11 @@ def _read_text(path: Path, ending: str, text: str | None) -> tuple[list[str], pd
             path, sep=separator, index_col=False, header=None, nrows=1, dtype=str, na_filter=False
         )
         frame = pd.read_csv(path, sep=separator, index_col=False, low_memory=False)
+        for name in frame.columns.intersection(list(as_text)):
+            frame[name] = pd.read_csv(
+                path, sep=separator, index_col=False, usecols=[name], dtype=str
+            )[name]
         if text in frame.columns:
-            # As it is written: "None", "NA" and "12" are texts too.
             frame[text] = pd.read_csv(
                 path, sep=separator, index_col=False, usecols=[text], dtype=str, na_filter=False
             )[text]
@@ -223,9 +247,15 @@ def _typed(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     others = frame.columns[frame.dtypes != np.float64]
     if len(others):
         # Missing-value words become missing, date strings dates; None: keep columns without values.
-        cleaned = Cleaner(drop_null_fraction=None).fit_transform(frame[others])
+        cleaner = Cleaner(drop_null_fraction=None)
+        cleaned = cleaner.fit_transform(frame[others])
+        formats = {}
         for name in others:
             frame[name] = _as_number(cleaned[name])
+            for step in cleaner.all_processing_steps_[name]:
+                if hasattr(step, "format_"):
+                    formats[name] = step.format_
+        frame.attrs["date_formats"] = formats  # to read later rows in the same way
 
     for name in frame.columns[frame.dtypes == np.float64]:
         with np.errstate(over="ignore"):
