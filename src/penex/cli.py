@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from penex.compare.classifier import Classifier
     from penex.compare.config import Config, Execution
 
 app = typer.Typer(
@@ -132,6 +133,26 @@ MinDifference = Annotated[
 ]
 Folders = Annotated[
     list[Path], typer.Argument(metavar="FOLDER...", help="Output folders of penex compare.")
+]
+
+
+LossName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Of another loss. (default: the recommended one)"),
+]
+Refit = Annotated[
+    bool,
+    typer.Option(
+        "--refit",
+        help="Train once more, on training and validation rows together; needs the data.",
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Import the modules of losses and networks that FOLDER names, which runs their code.",
+    ),
 ]
 
 
@@ -554,6 +575,86 @@ def attack(
         radii = {"linf": robustness.radii(linf), "l2": robustness.radii(l2)}
         robustness.attack(folder, radii=radii, rows=rows, say=console.print)
         _report(console, folder)
+
+
+@app.command()
+def predict(
+    folder: Annotated[
+        Path, typer.Argument(help="Output folder of penex compare, or a saved classifier.")
+    ],
+    rows: Annotated[
+        Path,
+        typer.Argument(
+            help="New rows: a table; texts in a table or one a line (.txt); an image or a folder "
+            "of images; or an array (.npy, or X of an .npz)."
+        ),
+    ],
+    loss: LossName = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="CSV file for classes and probabilities. (default: print them)"),
+    ] = None,
+    refit: Refit = False,
+    trust: Trust = False,
+) -> None:
+    """Predict the classes of new rows with the network of the recommended loss.
+
+    Neither the data nor the folder's place has to be what it was.
+    """
+    console = _console()
+    with _refusals(console):
+        from penex.compare.rows import read_rows
+
+        classifier = _classifier(folder, loss, refit=refit, trust=trust)
+        names, features = read_rows(rows, classifier.description)
+        content = classifier.frame(features, names).to_csv(index=False)
+        if out is None:
+            typer.echo(content, nl=False)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(content, encoding="utf-8")
+            console.print(f"{len(names)} rows by {classifier!r}: {out}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: Annotated[
+        Path, typer.Argument(help="Output folder of penex compare, or a saved classifier.")
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TARGET",
+            help="An ONNX file (.onnx), from rows to probabilities; or a folder, for penex predict "
+            "elsewhere.",
+        ),
+    ],
+    loss: LossName = None,
+    refit: Refit = False,
+    trust: Trust = False,
+) -> None:
+    """Write the network of the recommended loss to a file or folder of its own."""
+    console = _console()
+    with _refusals(console):
+        classifier = _classifier(folder, loss, refit=refit, trust=trust)
+        if target.suffix.lower() == ".onnx":
+            what = classifier.export(target)
+            console.print(f"{target}: {classifier!r}; its input is {what}", soft_wrap=True)
+        else:
+            classifier.save(target)
+            console.print(f"{target}: {classifier!r}", soft_wrap=True)
+
+
+def _classifier(folder: Path, loss: str | None, *, refit: bool, trust: bool) -> "Classifier":
+    from penex.compare.errors import CompareError
+    from penex.compare.result import load
+
+    result = load(folder, trust=trust)
+    if (loss is not None or refit) and not result.is_comparison:
+        raise CompareError(f"{folder} holds one classifier; leave out --loss and --refit")
+    if refit:
+        return result.refit(loss=loss)
+    return result.best if loss is None else result.model(loss)
 
 
 @app.command()

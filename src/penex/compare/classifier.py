@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from penex.compare.batches import Batches, evaluation_rows, loader
 from penex.compare.bundle import WEIGHTS, Model, read_model, read_network, write_model
 from penex.compare.determinism import deterministic
 from penex.compare.errors import CompareError
+from penex.compare.images import Images
 from penex.compare.models import Architecture
 from penex.compare.networks import Normalise, Vocabulary
+from penex.compare.preparation import Arrays, Columns
 from penex.compare.registry import contender
 from penex.compare.rows import Rows, as_features
 
@@ -42,17 +45,18 @@ class Classifier:
         loss: With which it was trained, as in the configuration.
         temperature: By which calibrated logits are divided; 1 without temperature scaling.
         network: The module, in evaluation mode, from prepared rows to logits.
+        description: All about it but its weights.
     """
 
     def __init__(self, model: Model, weights: Path) -> None:
-        self._model, self._weights = model, weights
+        self.description, self._weights = model, weights
         who = contender(model.loss)
         knob = math.nan if model.knob is None else model.knob
         self._link = who.loss.link(knob, len(model.classes))
         self._constrain = who.loss.constrain or (lambda logits: logits)
         self._encoder = _encoder(model)
         self.loss = model.loss
-        self.label = who.label
+        self.label: str = who.label
         self.temperature = model.temperature
         convert = CLASS_TYPES[model.class_type]
         self.classes_ = np.array([convert(name) for name in model.classes])
@@ -66,8 +70,9 @@ class Classifier:
         self.network: nn.Module = network.eval().to(self.device)
 
     def __repr__(self) -> str:
-        names = ", ".join(self._model.classes[:5]) + ", ..." * (len(self._model.classes) > 5)
-        return f"<{self._model.network} trained with {self.label} on {self._model.data}: {names}>"
+        about, classes = self.description, self.description.classes
+        names = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
+        return f"<{about.network} trained with {self.label} on {about.data}: {names}>"
 
     def predict(self, X: Rows) -> NDArray[Any]:  # noqa: N803
         """The most probable class of each row, shape (N,).
@@ -92,12 +97,15 @@ class Classifier:
 
     def predict_log_proba(self, X: Rows) -> NDArray[np.float64]:  # noqa: N803
         """The logarithm of :meth:`predict_proba`."""
-        logits = torch.from_numpy(self.logits(X)).double()
-        return np.asarray((self._link(logits) / self.temperature).log_softmax(1))
+        return np.asarray(self.log_proba(torch.from_numpy(self.logits(X)).double()))
+
+    def log_proba(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of logits, shape (N, K)."""
+        return (self._link(logits) / self.temperature).log_softmax(1)
 
     def logits(self, X: Rows) -> NDArray[np.float32]:  # noqa: N803
         """What the network says, shape (N, K)."""
-        inputs = self.prepare(X)
+        inputs = self._prepare(X)
         if not len(inputs):
             return np.empty((0, len(self.classes_)), np.float32)
         part = inputs, np.zeros(len(inputs), np.int64)
@@ -112,15 +120,58 @@ class Classifier:
             found = [self._logits(_checked(rows)) for rows in batches]
         return np.concatenate(found)
 
-    def prepare(self, X: Rows) -> "Inputs":  # noqa: N803
+    def frame(self, X: Rows, names: Sequence[str]) -> pd.DataFrame:  # noqa: N803
+        """Class and probabilities of each row, under its name."""
+        proba = self.predict_proba(X)
+        columns = {f"p({name})": proba[:, k] for k, name in enumerate(self.description.classes)}
+        classes = self.classes_[proba.argmax(axis=1)]
+        return pd.DataFrame({"row": list(names), "class": classes} | columns)
+
+    def encode(self, X: Rows) -> NDArray[Any]:  # noqa: N803
+        """Rows as the file of :meth:`export` takes them.
+
+        Tables as numbers, texts as tokens with 0 at the end of shorter ones, images as bytes; other
+        arrays as they are.
+        """
+        if isinstance(self.description.preparation, Columns | Arrays):
+            features: NDArray[Any] = as_features(X, self.description)
+            return features
+        inputs = self._prepare(X)
+        if isinstance(inputs, Images):
+            return inputs.pixels(np.arange(len(inputs)))
+        if isinstance(inputs, list):
+            assert self._encoder is not None  # noqa: S101  # of texts
+            tokens = self._encoder(inputs)
+            longest = max(map(len, tokens), default=0)
+            return np.stack([np.pad(text, (0, longest - len(text))) for text in tokens])
+        return inputs
+
+    def export(self, path: str | Path) -> str:
+        """Write an ONNX file that gives probabilities, checked with onnxruntime.
+
+        Args:
+            path: Of the file.
+
+        Returns:
+            What its input is; see :meth:`encode`.
+
+        Raises:
+            CompareError: The network cannot be exported.
+            ImportError: The extra `onnx` is missing.
+        """
+        from penex.compare.export import export
+
+        return export(self, Path(path))
+
+    def _prepare(self, X: Rows) -> "Inputs":  # noqa: N803
         """Rows as the network takes them, except that images are bytes and texts no tokens yet."""
-        inputs: Inputs = as_features(X, self._model)
-        if self._model.preparation is not None:
-            inputs = self._model.preparation(inputs)  # type: ignore[arg-type]
+        inputs: Inputs = as_features(X, self.description)
+        if self.description.preparation is not None:
+            inputs = self.description.preparation(inputs)  # type: ignore[arg-type]
         return inputs
 
     def save(self, folder: str | Path) -> Path:
-        """Write a folder that :func:`penex.load` opens anywhere, without the comparison or its data.
+        """Write a folder that :func:`penex.load` opens anywhere, without the data.
 
         Args:
             folder: Made if missing.
@@ -130,7 +181,7 @@ class Classifier:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_model(folder, self._model)
+        write_model(folder, self.description)
         weights = self._weights.read_bytes()
         (folder / WEIGHTS).write_bytes(weights)
         return folder
@@ -139,7 +190,7 @@ class Classifier:
         inputs = inputs.to(self.device)
         if inputs.dtype == torch.uint8:
             inputs = Normalise()(inputs.float() / 255)
-        with autocast(self._model.precision, self.device):
+        with autocast(self.description.precision, self.device):
             output = self.network(inputs)
         return np.asarray(self._constrain(_last(output).float()).cpu())
 

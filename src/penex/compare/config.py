@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from penex.compare.errors import CompareError, named
+from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.registry import DEFAULT_LOSSES, contender
 
 Positive = Annotated[int, Field(gt=0)]
@@ -208,7 +208,8 @@ def configure(path: Path | None = None, **options: Any) -> Config:
         name = ".".join([named(str(head)), *map(str, rest)])
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = f"unknown setting; known: {', '.join(Config.model_fields)}"
+            known = Config.model_fields
+            message = f"unknown setting.{did_you_mean(name, known)} Known: {', '.join(known)}"
         elif not message.startswith(name):
             message = f"{message}, got {first['input']!r}"
         raise CompareError(message if message.startswith(name) else f"{name}: {message}") from None

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from penex.compare.config import Config
-from penex.compare.dataset import Content, Dataset, Texts, did_you_mean, listed
-from penex.compare.errors import CompareError, named
+from penex.compare.dataset import Content, Dataset, Texts, listed
+from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.images import Images
 from penex.compare.sources.arrays import BUNDLED, read_bundled, read_npz, two_gaussians
 from penex.compare.sources.download import DOWNLOADS, read_pathmnist, read_sonar

@@ -1,6 +1,5 @@
 """What every source gives, and the checks that are the same for all of them."""
 
-import difflib
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -183,10 +182,3 @@ def listed(names: Iterable[object], most: int = 20) -> str:
     quoted = [repr(str(name)) for name in names]
     more = f", ... ({len(quoted)} in all)" if len(quoted) > most else ""
     return (", ".join(quoted[:most]) or "none") + more
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest names, case aside, or nothing."""
-    by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=3)
-    return f" Did you mean {' or '.join(repr(by_lower[name]) for name in near)}?" if near else ""

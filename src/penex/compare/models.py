@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from penex._extras import need
-from penex.compare.dataset import Dataset, Features, Texts, did_you_mean
-from penex.compare.errors import CompareError, named
+from penex.compare.dataset import Dataset, Features, Texts
+from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.images import Images
 from penex.compare.userobjects import NAME, find
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from penex.compare.bundle import Model
-from penex.compare.dataset import UNREADABLE, did_you_mean, listed, must_exist, unreadable
-from penex.compare.errors import CompareError
+from penex.compare.dataset import UNREADABLE, listed, must_exist, unreadable
+from penex.compare.errors import CompareError, did_you_mean
 from penex.compare.images import Encoded, Images, resized
 from penex.compare.preparation import Date, Number, Table
 from penex.compare.sources.folder import ENDINGS, Files
@@ -57,22 +57,38 @@ def _as_images(rows: Any, model: Model) -> Images:
     if isinstance(rows, Images):
         return rows
     channels, height, width = model.shape
-    pixels = np.asarray(rows)
-    if pixels.ndim == 3:
-        pixels = pixels[..., None]
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != channels:
+    pixels = channels_first(np.asarray(rows), (height, width) if model.resize else None)
+    if pixels.shape[1:] != model.shape:
         raise CompareError(
-            f"rows: expected images as uint8 of shape (N, {height}, {width}"
-            f"{', 3' if channels == 3 else ''}), got {_described(rows)}"
+            f"rows: expected images of {channels} channel(s) and {height} x {width} pixels, got "
+            f"{pixels.shape[1]} and {pixels.shape[2]} x {pixels.shape[3]}"
         )
-    if model.resize:
-        pixels = resized(pixels, (width, height))
-    if pixels.shape[1:3] != (height, width):
+    return Images(pixels)
+
+
+def channels_first(
+    images: npt.NDArray[Any], size: tuple[int, int] | int | None
+) -> npt.NDArray[np.uint8]:
+    """Images as uint8 of shape (N, C, H, W).
+
+    Args:
+        images: uint8 of shape (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1 or 3.
+        size: (height, width) to resize to, or both; None: as they are.
+
+    Raises:
+        CompareError: They are not such images.
+    """
+    pixels = images[..., None] if images.ndim == 3 else images
+    if pixels.ndim == 4 and pixels.shape[-1] not in (1, 3) and pixels.shape[1] in (1, 3):
+        pixels = pixels.transpose(0, 2, 3, 1)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
         raise CompareError(
-            f"rows: expected images of {height} x {width} pixels, got {pixels.shape[1]} x "
-            f"{pixels.shape[2]}"
+            f"images: expected uint8 of shape (N, H, W) or (N, H, W, 3), got {_described(images)}"
         )
-    return Images(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = resized(np.ascontiguousarray(pixels), (width, height))
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def _as_array(rows: Any, model: Model) -> npt.NDArray[np.float32]:

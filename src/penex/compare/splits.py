@@ -45,7 +45,7 @@ class Split:
     preparation: Preparation | None
 
 
-def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
+def split(dataset: Dataset, *, seed: int, config: Config, refit: bool = False) -> Split:
     """Take or draw the parts, and prepare features with the statistics of the training rows.
 
     Parts that the data set comes with are used as they are; what is missing is drawn, stratified
@@ -68,6 +68,7 @@ def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
             each part of its noise_parts, of m rows, round(label_noise m) labels are replaced: by
             one of the other K - 1 classes (noise_classes "other") or of all K ("uniform"), each
             equally likely.
+        refit: Whether training has the validation rows too, once an epoch has been chosen by them.
 
     Returns:
         C-contiguous, finite arrays. Every drawn part holds every class (before the noise).
@@ -78,12 +79,14 @@ def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
     if seed < 0:
         raise CompareError(f"seed must not be negative; got {seed}.")
     rows = draw_rows(dataset, seed, config)
-    preparation, features = _prepare(dataset, rows, seed)
     labels = [dataset.target[part] for part in rows]
     k = len(dataset.classes)
     labels[0] = _with_noise(labels[0], config, k, (seed, _NOISE))
     if config.noise_parts == "training+validation":
         labels[1] = _with_noise(labels[1], config, k, (seed, _VALIDATION_NOISE))
+    if refit:
+        rows[0], labels[0] = (np.concatenate(each[:2]) for each in (rows, labels))
+    preparation, features = _prepare(dataset, rows, seed)
     train, validation, test = zip(features, labels, strict=True)
     return Split(train, validation, test, preparation)
 

@@ -14,7 +14,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +45,7 @@ from torch.distributed.tensor import DTensor
 
 from penex._extras import need
 from penex.compare.batches import Batches, evaluation_rows, loader
-from penex.compare.bundle import Model, write_model, write_network
+from penex.compare.bundle import WEIGHTS, Model, write_model, write_network
 from penex.compare.config import Config, Execution, Task
 from penex.compare.dataset import Dataset
 from penex.compare.determinism import deterministic
@@ -132,6 +132,27 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
 
 
 @deterministic()
+def refit(task: Task, config: Config, dataset: Dataset, *, epochs: int, temperature: float) -> None:
+    """Train on training and validation rows, and leave a classifier in `task.folder`.
+
+    Args:
+        task: What is trained.
+        config: Of the comparison; its schedule is kept, and left after `epochs`.
+        dataset: The data.
+        epochs: As many as validation rows have found to be best.
+        temperature: As they have found it, too.
+    """
+    ready = _prepared(task, config, dataset, Execution(), refit=True)
+    for epoch in range(epochs):
+        _seed(task.seed, epoch, 0)
+        ready.learner.fit(ready.training, epoch)
+    task.folder.mkdir(parents=True, exist_ok=True)
+    write_network(task.folder / WEIGHTS, ready.learner.snapshot(epochs))
+    model = _described(task, config, dataset, ready)
+    write_model(task.folder, replace(model, temperature=temperature, epoch=epochs))
+
+
+@deterministic()
 def measure(
     spec: str, knob: float, config: Config, dataset: Dataset, execution: Execution
 ) -> float:
@@ -177,10 +198,12 @@ class _Ready:
     test: Any
 
 
-def _prepared(task: Task, config: Config, dataset: Dataset, execution: Execution) -> _Ready:
+def _prepared(
+    task: Task, config: Config, dataset: Dataset, execution: Execution, *, refit: bool = False
+) -> _Ready:
     fabric = _fabric(config, execution)
     fabric.launch()
-    parts = split(dataset, seed=task.seed, config=config)
+    parts = split(dataset, seed=task.seed, config=config, refit=refit)
     architecture = resolve(
         config.model, dataset, hidden=config.hidden, options=config.model_options
     )

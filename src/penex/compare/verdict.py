@@ -54,12 +54,23 @@ def recommendation(results: dict[str, Any]) -> str:
             f"No recommendation yet: {n} seed{'s' * (n != 1)} in common, and at least {MIN_SEEDS} "
             f"are needed to tell a difference from chance. {_sentence_of_best(results, best)}"
         )
+    spec = recommended(results)
+    if spec == REFERENCE:
+        return _keep(results)
+    return _switch(results, spec) if spec == primary["best"] else _consider(results, spec)
+
+
+def recommended(results: dict[str, Any]) -> str:
+    """The loss that :func:`recommendation` names; without one, the reference or the best so far."""
+    primary, column = results["primary"], primary_column(results)
     better = primary["better"]
-    if primary["best"] in better:
-        return _switch(results, primary["best"])
-    if better:
-        return _consider(results, min(better, key=lambda spec: _rank(results, spec)))
-    return _keep(results)
+    if len(results["seeds"]) >= MIN_SEEDS and better:
+        if primary["best"] in better:
+            return str(primary["best"])
+        return str(min(better, key=lambda spec: _rank(results, spec)))
+    if REFERENCE in column and column[REFERENCE]["mean"] is not None:
+        return REFERENCE
+    return str(primary["best"] or results["losses"][0]["spec"])
 
 
 def _rank(results: dict[str, Any], spec: str) -> float:

@@ -19,7 +19,6 @@ from penex.compare.dataset import (
     UNREADABLE,
     Content,
     Texts,
-    did_you_mean,
     encode_labels,
     listed,
     must_exist,
@@ -27,7 +26,7 @@ from penex.compare.dataset import (
     roles,
     unreadable,
 )
-from penex.compare.errors import CompareError
+from penex.compare.errors import CompareError, did_you_mean
 
 SEPARATORS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 
@@ -168,7 +167,7 @@ def _content(
     labels = frame.pop(str(config.target))
     if config.text is not None:
         return texts(frame[config.text], source), labels
-    return _typed(frame, source), labels
+    return typed(frame, source), labels
 
 
 def texts(column: "pd.Series[str]", source: str) -> Texts:
@@ -226,7 +225,7 @@ def _read_parquet(path: Path) -> tuple[list[str], pd.DataFrame]:
     return list(frame.columns), frame
 
 
-def _typed(frame: pd.DataFrame, source: str) -> pd.DataFrame:
+def typed(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     """Columns as float64, dates or text; refuses what is none of these, and infinite numbers."""
     # Half a second and 50 MB that the other sources need not pay in every process.
     from skrub import Cleaner
