@@ -1,17 +1,18 @@
 """The command on two processes that share every run: one speaks, and both do the same."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from waiting import GUARD, wait_until
 
 from penex.compare.store import read_json, read_logits, run_folder, trial_folder
 
@@ -38,7 +39,7 @@ def start(*options: str) -> "subprocess.Popen[str]":
 def test_it_ends_as_on_one_device(make: Make, tmp_path: Path) -> None:
     options = ("--seeds=1", "--epochs=3", "--tune=2", f"--out={tmp_path / 'two'}")
     process = start(*options)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=GUARD)
     assert process.returncode == 0, err
     lines = out.splitlines()
     assert lines[1] == "Tuning: 0 of 12 epochs done"
@@ -61,7 +62,7 @@ def test_it_ends_as_on_one_device(make: Make, tmp_path: Path) -> None:
                 np.testing.assert_allclose(a[name], b[name], atol=1e-5, err_msg=name)
     # A refusal that one process alone has met ends both, and is told once.
     process = start("--seeds=1", "--epochs=4", "--tune=2", f"--out={tmp_path / 'two'}")
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=GUARD)
     assert process.returncode == 2
     assert err.startswith("penex: out: ")
     assert "belongs to another configuration (epochs was 3, is 4)" in err
@@ -71,21 +72,15 @@ def test_it_ends_as_on_one_device(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_it_leaves_no_process(how: signal.Signals, tmp_path: Path) -> None:
     process = start("--epochs=20000", f"--out={tmp_path}")
-    end = time.monotonic() + 60
-    while not any(c.read_bytes().count(b"\n") > 5 for c in tmp_path.glob("runs/*/.*/curve.csv")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    curves = functools.partial(tmp_path.glob, "runs/*/.*/curve.csv")
+    wait_until(lambda: any(curve.read_bytes().count(b"\n") > 5 for curve in curves()), process)
     os.kill(process.pid, how)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=GUARD)
     if how != signal.SIGKILL:
         assert process.returncode == 130
         assert out.splitlines()[-1].startswith("Stopped.")
         assert err == ""
-    end = time.monotonic() + 10
-    while alive(process.pid):
-        assert time.monotonic() < end, alive(process.pid)
-        time.sleep(0.1)
+    wait_until(lambda: not alive(process.pid))
 
 
 def alive(session: int) -> list[int]:
@@ -101,7 +96,7 @@ def alive(session: int) -> list[int]:
 
 def test_several_machines_are_started_by_hand(tmp_path: Path) -> None:
     process = start("--nodes=2", f"--out={tmp_path}")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=GUARD)
     assert process.returncode == 2
     assert err.startswith("penex: nodes: to share runs between 2 machines, start on each of them: ")
     assert "torchrun --nnodes 2 --nproc-per-node 2 " in err

@@ -1,15 +1,16 @@
 """The same comparison on a Ray cluster: equal numbers, and whole again after losing a worker."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import GUARD, wait_until
 
 pytest.importorskip("ray", reason="needs the extra ray")
 
@@ -59,17 +60,14 @@ class OnRay:
 
     def until_mid_run(self) -> None:
         """Wait until a run has some of its epochs behind it."""
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            assert self.popen.poll() is None, self.popen.communicate()
-            for curve in self.folder.glob("runs/*/.partial-*/curve.csv"):
-                try:
-                    if len(curve.read_bytes().splitlines()) > 5:
-                        return
-                except FileNotFoundError:
-                    pass
-            time.sleep(0.01)
-        raise TimeoutError
+
+        def training() -> bool:
+            with contextlib.suppress(FileNotFoundError):
+                curves = self.folder.glob("runs/*/.partial-*/curve.csv")
+                return any(len(curve.read_bytes().splitlines()) > 5 for curve in curves)
+            return False
+
+        wait_until(training, self.popen)
 
     def workers(self) -> list[int]:
         """Processes in which Ray trains just now."""
@@ -100,7 +98,7 @@ def test_a_killed_worker_is_replaced_and_the_numbers_are_those_of_a_local_run(
     victims = run.workers()
     assert len(victims) == 2
     os.kill(victims[0], signal.SIGKILL)
-    out, err = run.popen.communicate(timeout=90)
+    out, err = run.popen.communicate(timeout=GUARD)
     assert run.popen.returncode == 0, err
     assert err == ""
     lines = out.splitlines()
@@ -133,20 +131,17 @@ def test_stopped_it_leaves_no_process(
     assert len(before) > 4
     if how == "Ctrl-C":
         os.killpg(run.popen.pid, signal.SIGINT)
-        out, err = run.popen.communicate(timeout=30)
+        out, err = run.popen.communicate(timeout=GUARD)
         assert run.popen.returncode == 130
         assert out.splitlines()[-1].startswith("Stopped.")
         assert err == ""
     else:
         run.popen.kill()
-        run.popen.communicate(timeout=30)
+        run.popen.communicate(timeout=GUARD)
         # Two idle ones of Ray's look a minute or so for the head they have lost, then end.
         before = {n: c for n, c in before.items() if not re.match(r"ray::\w+Agent", c)}
         assert any(command.startswith("ray::_here") for command in before.values())
-    end = time.monotonic() + 15
-    while alive := [n for n in before if Path(f"/proc/{n}/exe").exists()]:
-        assert time.monotonic() < end, [before[number] for number in alive]
-        time.sleep(0.1)
+    wait_until(lambda: not any(Path(f"/proc/{number}/exe").exists() for number in before))
 
 
 def test_refusals_end_as_on_local_processes(tmp_path: Path) -> None:
@@ -159,7 +154,7 @@ def test_refusals_end_as_on_local_processes(tmp_path: Path) -> None:
             [sys.executable, "-c", PROGRAM, *COMMAND, *own, *options],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=GUARD,
         )
         assert result.returncode == 2, result
         assert result.stderr.count("\n") == 1, result.stderr

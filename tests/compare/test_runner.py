@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.testing import CliRunner
+from waiting import GUARD, wait_until
 
 from penex import cli
 from penex.compare import report
@@ -25,11 +25,10 @@ from penex.compare.analysis import curves
 from penex.compare.config import Config
 from penex.compare.data import load
 from penex.compare.errors import CompareError
-from penex.compare.registry import LOSSES, Context, contender
+from penex.compare.registry import LOSSES
 from penex.compare.splits import split
 from penex.compare.store import read_comparison, read_json, read_logits, run_folder
 
-CONTEXT = Context(num_classes=3, steps_total=6, steps_per_epoch=2)  # of the runs on iris
 Make = Callable[..., Path]
 
 
@@ -63,7 +62,9 @@ def assert_same_runs(one: Path, other: Path) -> None:
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], err_msg=f"{run} {name}")
-        for name in ("best.ckpt", "last.ckpt"):
+        names, others = ({path.name for path in (f / run).glob("*.ckpt")} for f in (one, other))
+        assert names == others
+        for name in names:
             x, y = (
                 torch.load(folder / run / name, weights_only=True)["state_dict"]
                 for folder in (one, other)
@@ -108,6 +109,8 @@ def watched(make: Make, folder: Path, spec: str, **options: Any) -> Watch:
 
 def test_every_loss_gets_the_same_weights_and_batches(make: Make, tmp_path: Path) -> None:
     seen = {spec: watched(make, tmp_path / spec, spec, seeds=1) for spec in LOSSES}
+    for watch in seen.values():
+        del watch.batches[6:]  # of the measurement of time
     reference = seen.pop("cross-entropy")
     assert len(reference.weights) == 3
     assert [len(batch) for batch in reference.batches] == [64, 26] * 3
@@ -135,13 +138,14 @@ def test_losses_that_equal_cross_entropy_give_its_runs(make: Make, tmp_path: Pat
         curve = curves(folder, "cross-entropy", seed)
         for spec in equal:
             logits = read_logits(run_folder(folder, spec, seed))
+            assert logits.keys() == reference.keys()
             for name in logits:
                 np.testing.assert_allclose(logits[name], reference[name], atol=1e-5, rtol=0)
             for name, column in curves(folder, spec, seed).items():
                 if name != "seconds":
                     np.testing.assert_allclose(column, curve[name], rtol=1e-5)
     one, other = (read_logits(run_folder(folder, "cross-entropy", seed)) for seed in (0, 1))
-    for name in ("validation_last", "test_last", "test_target"):
+    for name in ("validation_3", "test_3", "test_target"):
         assert not np.array_equal(one[name], other[name])
 
 
@@ -149,27 +153,63 @@ def test_a_run_says_what_its_logits_say(make: Make, tmp_path: Path) -> None:
     """Curve, record and saved logits are of the same weights, at the epochs they name."""
     folder = make(tmp_path / "out", label_noise=0.3, lr=0.03, epochs=8)
     config, _ = read_comparison(folder)
-    best_epochs = set()
+    selected = set()
     for spec in config.losses:
+        scale = {"cross-entropy": 1.0, "penex": 1.1}[spec]
         for seed in range(config.seeds):
             where, curve = run_folder(folder, spec, seed), curves(folder, spec, seed)
             record, logits = read_json(where / "run.json"), read_logits(where)
-            assert record["scale"] == contender(spec).loss.scale(record["knob"] or 0.0, CONTEXT)
             np.testing.assert_array_equal(curve["epoch"], range(1, 9))
-            best = int(curve["validation_nll"].argmin()) + 1
-            assert record["best_epoch"] == best
-            best_epochs.add(best)
+            nll, accuracy = curve["validation_nll"], curve["validation_accuracy"]
+            assert record["epochs"] == {
+                "refined": curve["validation_refined_nll"].argmin() + 1,
+                "nll": nll.argmin() + 1,
+                "accuracy": np.lexsort((nll, -accuracy))[0] + 1,
+                "last": 8,
+            }
+            epochs = set(record["epochs"].values())
+            selected |= epochs
+            stored = {name.removeprefix("test_") for name in logits if name.startswith("test_")}
+            assert stored - {"target"} == {str(epoch) for epoch in epochs}
+            assert {path.name for path in where.glob("*.ckpt")} == {
+                f"epoch-{epoch}.ckpt" for epoch in epochs
+            }
             parts = split(load(config), seed=seed, config=config)
             for part in ("validation", "test"):
                 np.testing.assert_array_equal(logits[f"{part}_target"], getattr(parts, part)[1])
-            for name, epoch in (("best", best), ("last", 8)):
-                scaled = record["scale"] * torch.from_numpy(logits[f"validation_{name}"])
-                target = torch.from_numpy(logits["validation_target"])
-                nll = F.cross_entropy(scaled, target).item()
-                assert nll == pytest.approx(curve["validation_nll"][epoch - 1], rel=1e-4)
-                accuracy = (scaled.argmax(1) == target).float().mean().item()
-                assert accuracy == pytest.approx(curve["validation_accuracy"][epoch - 1])
-    assert best_epochs - {8}  # else best and last would be the same
+            target = torch.from_numpy(logits["validation_target"])
+            for name, epoch in record["epochs"].items():
+                own = torch.from_numpy(logits[f"validation_{epoch}"])
+                scores = record["validation"][name]
+                assert scores == pytest.approx(
+                    {
+                        "nll": F.cross_entropy(scale * own, target).item(),
+                        "refined_nll": curve["validation_refined_nll"][epoch - 1],
+                        "softmax_nll": F.cross_entropy(own, target).item(),
+                        "accuracy": (own.argmax(1) == target).double().mean().item(),
+                    },
+                    rel=1e-5,
+                )
+                assert scores["refined_nll"] <= scores["nll"]
+                for score, value in scores.items():
+                    assert value == pytest.approx(curve[f"validation_{score}"][epoch - 1], rel=1e-5)
+            counts = np.bincount(parts.train[1], minlength=3)
+            assert record["class_counts"] == counts.tolist()
+    assert len(selected) > 2  # or the selections would be the same
+
+
+def test_an_epoch_is_timed_after_all_runs_and_once(make: Make, copy: Path) -> None:
+    path = copy / "timing.json"
+    before, stat = read_json(path), path.stat()
+    assert list(before) == ["cross-entropy", "penex"]
+    assert min(before.values()) > 0
+    assert all(run.stat().st_mtime_ns < stat.st_mtime_ns for run in copy.glob("runs/*/*/run.json"))
+    make(copy, seeds=3)
+    assert path.stat() == stat
+    make(copy, losses=("focal",))
+    after = read_json(path)
+    assert list(after) == ["cross-entropy", "penex", "focal"]
+    assert {spec: after[spec] for spec in before} == before
 
 
 # Interruptions
@@ -200,13 +240,9 @@ class Process:
 
     def until_mid_run(self, runs: int) -> None:
         """Wait until `runs` are finished and another one has some of its epochs behind it."""
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            assert self.popen.poll() is None, self.popen.communicate()
-            if finished_runs(self.folder) >= runs and self._training():
-                return
-            time.sleep(0.005)
-        raise TimeoutError(f"{finished_runs(self.folder)} runs finished")
+        wait_until(
+            lambda: finished_runs(self.folder) >= runs and self._training(), self.popen
+        )
 
     def _training(self) -> bool:
         try:
@@ -226,10 +262,7 @@ class Process:
         return found
 
     def must_be_gone(self) -> None:
-        end = time.monotonic() + 10
-        while self.alive() and time.monotonic() < end:
-            time.sleep(0.1)
-        assert self.alive() == []
+        wait_until(lambda: not self.alive())
 
 
 @pytest.fixture
@@ -258,7 +291,7 @@ def test_interrupted_and_killed_it_ends_as_if_nothing_had_happened(
     with pytest.raises(CompareError, match="^out: another comparison is running in "):
         make(folder)
     os.killpg(process.popen.pid, signal.SIGINT)
-    out, err = process.popen.communicate(timeout=30)
+    out, err = process.popen.communicate(timeout=GUARD)
     assert process.popen.returncode == 130
     assert out.splitlines()[-1] == "Stopped. Finished runs are kept; the same command continues."
     assert err == ""
@@ -299,7 +332,7 @@ def test_ctrl_c_where_one_process_does_it_all(
     process = start(tmp_path / "out", 1)
     process.until_mid_run(0)
     process.popen.send_signal(signal.SIGINT)
-    out, err = process.popen.communicate(timeout=30)
+    out, err = process.popen.communicate(timeout=GUARD)
     assert process.popen.returncode == 130
     assert out.splitlines()[-1] == "Stopped. Finished runs are kept; the same command continues."
     assert err == ""
@@ -321,6 +354,13 @@ def test_nothing_is_done_twice(make: Make, copy: Path) -> None:
     before = stamps(copy)
     assert watched(make, copy, "penex").batches == []
     assert stamps(copy) == before
+
+
+def test_the_selection_may_change_where_nothing_was_tuned(make: Make, copy: Path) -> None:
+    before = stamps(copy)
+    make(copy, select="nll")
+    assert stamps(copy) == before
+    assert read_comparison(copy)[0].select == "nll"
 
 
 def test_more_seeds_and_losses_join(make: Make, copy: Path, tmp_path: Path) -> None:

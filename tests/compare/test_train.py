@@ -1,16 +1,17 @@
 """One run: what it computes, that it can be stopped anywhere, and that sharing changes nothing."""
 
+import dataclasses
 import functools
 import math
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,24 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 from train_worker import CASES, numbers, pictures, sentences, train
+from waiting import GUARD, wait_until
 
 from penex import PENEX
 from penex.compare import train as training
 from penex.compare.batches import Batches
 from penex.compare.config import Config, Execution, Task
+from penex.compare.data import load
 from penex.compare.dataset import Dataset
 from penex.compare.errors import CompareError
 from penex.compare.images import Images
 from penex.compare.models import resolve
 from penex.compare.registry import LOSSES, Context, Loss, contender
 from penex.compare.splits import split
-from penex.compare.store import CHECKPOINT, read_json, read_logits
+from penex.compare.store import CHECKPOINT, checkpoint_file, read_json, read_logits
 
 ALONE = Execution()
+SMALL = {"dim": 16, "depth": 1, "heads": 2, "mlp": 16}
+"""A transformer for what does not depend on its size."""
 
 
 def configured(**options: Any) -> Config:
@@ -56,11 +61,25 @@ def run(
     return folder
 
 
-def weights(folder: Path, epoch: str = "last") -> dict[str, Tensor]:
-    content: dict[str, Tensor] = torch.load(folder / f"{epoch}.ckpt", weights_only=True)[
-        "state_dict"
-    ]
+def last_epoch(folder: Path) -> int:
+    return int(read_json(folder / "run.json")["epochs"]["last"])
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    """The one of the last epoch."""
+    path = checkpoint_file(folder, last_epoch(folder))
+    content: dict[str, Any] = torch.load(path, weights_only=True)
     return content
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    content: dict[str, Tensor] = checkpoint(folder)["state_dict"]
+    return content
+
+
+def logits(folder: Path, part: str) -> NDArray[np.float32]:
+    """After the last epoch."""
+    return read_logits(folder)[f"{part}_{last_epoch(folder)}"]
 
 
 def curve(folder: Path) -> NDArray[Any]:
@@ -71,7 +90,7 @@ def curve(folder: Path) -> NDArray[Any]:
 def assert_same(one: Path, other: Path) -> None:
     """Every file holds the same, bit for bit, but for the clock."""
     assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
-    for name in ("last.ckpt", "best.ckpt"):
+    for name in [path.name for path in one.glob("*.ckpt")]:
         a, b = (torch.load(folder / name, weights_only=True) for folder in (one, other))
         assert a["epoch"] == b["epoch"]
         for part in ("state_dict", "criterion"):
@@ -157,17 +176,77 @@ def test_the_weights_are_those_of_a_loop_written_by_hand(
         torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
+class Divided(nn.Module):
+    def __init__(self, criterion: nn.Module, by: float) -> None:
+        super().__init__()
+        self.criterion, self.by = criterion, by
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        value: Tensor = self.criterion(logits, target) / self.by
+        return value
+
+
+@pytest.mark.parametrize("scale", ["common", "own"])
 @pytest.mark.parametrize("spec", ["penex", "focal", "confidence-penalty"])
-def test_the_loss_of_the_run_is_what_is_minimised(tmp_path: Path, spec: str) -> None:
+def test_the_loss_of_the_run_is_what_is_minimised(tmp_path: Path, spec: str, scale: str) -> None:
     options: dict[str, Any] = {"hidden": (7,), "optimizer": "sgd", "lr": 0.1}
+    options |= {"epochs": 2, "gradient_scale": scale}
     folder = run(tmp_path / "run", numbers(), spec, **options)
-    criterion = contender(spec).loss.build(contender(spec).untuned, Context(3, 16, 4))
-    expected = by_hand(configured(**options), numbers(), criterion)
+    loss = contender(spec).loss
+    criterion = loss.build(contender(spec).untuned, Context(3, 16, 4))
+    by = loss.gradient_scale(criterion, 3) if scale == "common" else 1.0
+    expected = by_hand(configured(**options), numbers(), Divided(criterion, by))
     for name, weight in weights(folder).items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
-    saved = torch.load(folder / "last.ckpt", weights_only=True)["criterion"]
     if isinstance(criterion, PENEX):
-        assert torch.equal(saved["penalty"], criterion.penalty)
+        assert torch.equal(checkpoint(folder)["criterion"]["penalty"], criterion.penalty)
+
+
+class SevenPENEX(PENEX):
+    """Seven times PENEX."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return 7 * super().forward(input, target)
+
+
+def test_a_constant_factor_changes_nothing_unless_losses_keep_their_own_scale(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Under SGD, weight decay and clipping, for which a factor is another learning rate."""
+    seven = dataclasses.replace(
+        LOSSES["penex"],
+        name="seven-penex",
+        build=lambda knob, context: SevenPENEX(sensitivity=knob),
+        gradient_scale=lambda criterion, num_classes: 7 * criterion.sensitivity,
+    )
+    monkeypatch.setitem(LOSSES, "seven-penex", seven)
+    options: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "hidden": (7,)}
+    options |= {"weight_decay": 0.1, "gradient_clip": 0.3}
+
+    def difference(scale: str) -> float:
+        one, other = (
+            weights(run(tmp_path / scale / spec, numbers(), spec, gradient_scale=scale, **options))
+            for spec in ("penex", "seven-penex")
+        )
+        return max((one[name] - other[name]).abs().max().item() for name in one)
+
+    assert difference("common") < 1e-5
+    assert difference("own") > 0.05
+
+
+def test_weight_decay_means_the_same_for_penex_and_cross_entropy(tmp_path: Path) -> None:
+    """Adam's decay is added to the gradient, so that of a small sensitivity would drown in it."""
+    digits = load(Config(data="digits"))
+    options: dict[str, Any] = {"train_size": 300, "epochs": 20, "lr": 3e-3, "weight_decay": 0.01}
+
+    def accuracy(spec: str, **scale: str) -> float:
+        folder = run(tmp_path / f"{spec} {scale}", digits, spec, **options, **scale)
+        return float(curve(folder)["validation_accuracy"][-1])
+
+    reference = accuracy("cross-entropy")
+    assert reference > 0.85
+    assert accuracy("penex=0.03") > reference - 0.05
+    assert accuracy("penex=0.03", gradient_scale="own") < reference - 0.3
 
 
 def test_deep_supervision_adds_the_losses_and_predicts_with_the_last(tmp_path: Path) -> None:
@@ -190,28 +269,27 @@ def test_deep_supervision_adds_the_losses_and_predicts_with_the_last(tmp_path: P
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     heads = model(pixels)
     assert len(heads) == 3
-    sum(PENEX()(head, torch.from_numpy(target[order])) for head in heads).backward()
+    losses = [PENEX()(head, torch.from_numpy(target[order])) for head in heads]
+    (torch.stack(losses).sum() / 0.1).backward()
     optimizer.step()
     for name, weight in weights(folder).items():
         torch.testing.assert_close(weight, model.state_dict()[name], rtol=1e-5, atol=1e-7)
     test = split(dataset, seed=0, config=config).test[0]
     assert isinstance(test, Images)
     with torch.no_grad():
-        logits = model.eval()((test.take(np.arange(len(test))).float() / 255 - 0.5) / 0.5)
-    np.testing.assert_allclose(read_logits(folder)["test_last"], logits.numpy(), atol=1e-5)
+        expected = model.eval()((test.take(np.arange(len(test))).float() / 255 - 0.5) / 0.5)
+    np.testing.assert_allclose(logits(folder, "test"), expected.numpy(), atol=1e-5)
 
 
 def test_half_precision_is_used_and_logits_are_not_half(tmp_path: Path) -> None:
     exact = run(tmp_path / "exact", numbers())
     mixed = run(tmp_path / "mixed", numbers(), precision="bf16-mixed")
-    logits = read_logits(mixed)["test_last"]
-    assert logits.dtype == np.float32
-    difference = np.abs(logits - read_logits(exact)["test_last"]).max()
+    assert logits(mixed, "test").dtype == np.float32
+    difference = np.abs(logits(mixed, "test") - logits(exact, "test")).max()
     assert 1e-5 < difference < 0.1
-    record, last = read_json(mixed / "run.json"), curve(mixed)["validation_nll"][-1]
-    scaled = torch.from_numpy(read_logits(mixed)["validation_last"] * record["scale"])
-    nll = F.cross_entropy(scaled, torch.from_numpy(read_logits(mixed)["validation_target"]))
-    assert nll.item() == pytest.approx(last, rel=1e-4)
+    target = torch.from_numpy(read_logits(mixed)["validation_target"])
+    nll = F.cross_entropy(torch.from_numpy(logits(mixed, "validation")), target)
+    assert nll.item() == pytest.approx(curve(mixed)["validation_nll"][-1], rel=1e-4)
     if not torch.cuda.is_available():
         with pytest.raises(CompareError, match="^precision: 16-mixed needs a CUDA device"):
             run(tmp_path / "none", numbers(), precision="16-mixed")
@@ -304,6 +382,9 @@ def test_criteria_are_told_of_steps_and_epochs(
         def after_epoch(self) -> None:
             told.append("epoch")
 
+        def predict_log_proba(self, logits: Tensor) -> Tensor:
+            return logits.log_softmax(1)
+
     loss = Loss("told", "Told", lambda knob, context: Told())
     monkeypatch.setitem(LOSSES, "told", loss)
     run(tmp_path / "run", numbers(), "told", epochs=2, accumulate=2)  # 4 batches, 2 steps
@@ -313,10 +394,11 @@ def test_criteria_are_told_of_steps_and_epochs(
 def test_a_run_that_diverges_is_finished_and_says_so(tmp_path: Path) -> None:
     folder = run(tmp_path / "run", numbers(), optimizer="sgd", lr=1e30)
     record = read_json(folder / "run.json")
-    assert record["best_epoch"] is None
-    assert record["validation_nll"] is None
+    assert record["epochs"] == {"last": 4}  # no other epoch is selected
+    assert record["validation"] == {"last": None}
     assert np.isnan(curve(folder)["validation_nll"][-1])
-    assert (folder / "best.ckpt").exists()
+    assert [path.name for path in folder.glob("*.ckpt")] == ["epoch-4.ckpt"]
+    assert not np.isfinite(logits(folder, "test")).any()
 
 
 # Loggers
@@ -347,7 +429,11 @@ def test_a_logger_that_is_not_installed_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dataset", "options"),
-    [(pictures(), {"augment": ("crop", "flip")}), (sentences(), {}), (numbers(), {})],
+    [
+        (pictures(), {"augment": ("crop", "flip")}),
+        (sentences(), {"model_options": SMALL}),
+        (numbers(), {}),
+    ],
     ids=["pictures", "sentences", "numbers"],
 )
 def test_worker_processes_change_nothing(
@@ -411,7 +497,7 @@ RESUMED: dict[str, tuple[Callable[[], Dataset], str, dict[str, Any]]] = {
             "accumulate": 2,
         },
     ),
-    "text": (sentences, "cross-entropy", {"gradient_clip": 0.5}),
+    "text": (sentences, "cross-entropy", {"gradient_clip": 0.5, "model_options": SMALL}),
     "half precision": (numbers, "penex", {"precision": "bf16-mixed"}),
 }
 
@@ -469,36 +555,43 @@ def test_a_checkpoint_of_another_run_is_not_taken_up(tmp_path: Path, other: dict
 
 
 PROGRAM = """
-import sys
+import signal, sys
 from pathlib import Path
 from train_worker import numbers
 from penex.compare import train
 from penex.compare.config import Config, Execution, Task
+seeded, wait = train._seed, int(sys.argv[2])
+def seed(seed, epoch, rank):
+    if epoch == wait:
+        signal.pause()
+    seeded(seed, epoch, rank)
+train._seed = seed
 train.CHECKPOINT_SECONDS, train.CHECKPOINT_SHARE = 0.0, float("inf")
-config = Config(data="made", train_size=50, epochs=600, batch_size=16)
+config = Config(data="made", train_size=50, epochs=150, batch_size=16)
 train.run(Task(Path(sys.argv[1]), "penex", 0, config.lr, 0.1), config, numbers(), Execution())
 """
+"""Saves after every epoch, and waits before one to be killed, should that not have happened yet."""
 
 
 def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", numbers(), "penex", epochs=600)
+    whole = run(tmp_path / "whole", numbers(), "penex", epochs=150)
     (tmp_path / "system").mkdir()
     folder = tmp_path / "runs" / "run"
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     kept = 0
-    for enough in (50, 150):
+    for enough in (20, 60):
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(folder)],
+            [sys.executable, "-c", PROGRAM, str(folder), str(enough + 40)],
             env=os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path / "system")},
             stderr=subprocess.PIPE,
+            text=True,
         )
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            assert process.poll() is None, process.communicate()
+
+        def done() -> bool:
             lines = [len(c.read_bytes().splitlines()) for c in folder.parent.glob(".*/curve.csv")]
-            if lines and lines[0] > enough:
-                break
-            time.sleep(0.002)
+            return bool(lines) and lines[0] > enough  # noqa: B023
+
+        wait_until(done, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not folder.exists()
@@ -508,27 +601,38 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(tmp_path: Path)
         assert saved > kept
         assert saved >= enough - 2
         kept = saved
-    assert_same(whole, run(folder, numbers(), "penex", epochs=600))
+    assert_same(whole, run(folder, numbers(), "penex", epochs=150))
     assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_saving_takes_little_of_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    saved = []
-    save = training._Progress.save
+    """By a clock of its own: an epoch takes a second, and saving what `cost` says."""
+    clock, cost, saved = 0.0, 0.125, []
+    seeded, save = training._seed, training._Progress.save
+
+    def epoch(*arguments: int) -> None:
+        nonlocal clock
+        clock += 1.0
+        seeded(*arguments)
 
     def slow(self: Any, learner: Any) -> None:
-        time.sleep(0.05)
+        nonlocal clock
         save(self, learner)
+        clock += cost
         saved.append(self.epoch)
 
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 3.0)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock))
+    monkeypatch.setattr(training, "_seed", epoch)
     monkeypatch.setattr(training._Progress, "save", slow)
-    run(tmp_path / "short", numbers(), epochs=50)
-    assert saved == []  # a run of seconds is not worth it
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    begin = time.monotonic()
-    run(tmp_path / "long", numbers(), epochs=150)
-    assert len(saved) >= 1
-    assert 0.05 * len(saved) < 0.05 + 0.1 * (time.monotonic() - begin)
+    run(tmp_path / "short", numbers(), epochs=2)
+    assert saved == []  # not worth it
+    run(tmp_path / "cheap", numbers(), epochs=11)
+    assert saved == [3, 6, 9]
+    saved.clear()
+    cost = 0.25  # a twentieth of 5
+    run(tmp_path / "costly", numbers(), epochs=11)
+    assert saved == [3, 8]
 
 
 # Several processes
@@ -548,7 +652,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=GUARD,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
@@ -560,8 +664,8 @@ def test_two_processes_give_the_numbers_of_one(shared: Path, tmp_path: Path, cas
     train(tmp_path, name, ALONE)
     one, two = tmp_path / name, shared / case
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
-    for epoch in ("last", "best"):
-        a, b = (torch.load(f / f"{epoch}.ckpt", weights_only=True) for f in (one, two))
+    for name in [path.name for path in one.glob("*.ckpt")]:
+        a, b = (torch.load(folder / name, weights_only=True) for folder in (one, two))
         for part in ("state_dict", "criterion"):
             assert a[part].keys() == b[part].keys()
             for key in a[part]:

@@ -1,12 +1,11 @@
 """Tuning: the same budget for every loss, and the same proposals after a restart."""
 
-import csv
 import json
 import math
 import shutil
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from waiting import GUARD, wait_until
 
 from penex.compare.config import Config, Execution
 from penex.compare.data import load
@@ -41,6 +41,22 @@ def trials(folder: Path, spec: str) -> list[dict[str, Any]]:
     return [read_json(trial_folder(folder, spec, n) / "run.json") for n in range(count)]
 
 
+def score(record: dict[str, Any]) -> float:
+    """What tuning minimises unless it is told otherwise."""
+    return float(record["validation"]["refined"]["refined_nll"])
+
+
+def rescore(folder: Path, trial: int, value: float | None) -> None:
+    """Give a finished trial of PENEX another score; None: it diverged."""
+    path = trial_folder(folder, "penex", trial) / "run.json"
+    record = read_json(path)
+    if value is None:
+        record["validation"] = {"last": None}
+    else:
+        record["validation"]["refined"]["refined_nll"] = value
+    path.write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize("spec", LOSSES)
 def test_every_loss_gets_the_same_budget_in_its_range(tuned: Path, spec: str) -> None:
     who, records = contender(spec), trials(tuned, spec)
@@ -63,16 +79,16 @@ def test_every_loss_gets_the_same_budget_in_its_range(tuned: Path, spec: str) ->
 def test_the_best_trial_makes_the_runs(tuned: Path, spec: str) -> None:
     config, _ = read_comparison(tuned)
     records = trials(tuned, spec)
-    best = min(records, key=lambda record: record["validation_nll"])
+    best = min(records, key=score)
     run = read_json(run_folder(tuned, spec, 0) / "run.json")
     assert (run["lr"], run["knob"]) == (best["lr"], best["knob"])
     # Seed 0 is that of the trials, so the run is the trial.
-    assert run["validation_nll"] == best["validation_nll"]
+    assert run["validation"] == best["validation"]
     knob = chosen(tuned, spec, config)["knob"]
     assert knob == best["knob"] or (math.isnan(knob) and best["knob"] is None)
 
 
-CONFIG = Config(data="iris", epochs=30, hidden=(4,), tune=13)
+CONFIG = Config(data="iris", epochs=8, hidden=(4,), tune=13)
 HERE = Execution()
 
 
@@ -80,40 +96,69 @@ class Tuning:
     """A process that tunes PENEX until all trials are finished, as one of several may."""
 
     PROGRAM = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+from penex.compare import train
 from penex.compare.config import Config, Execution
 from penex.compare.data import load
 from penex.compare.tune import Study, tune
 config, folder = Config.model_validate_json(sys.argv[1]), Path(sys.argv[2])
-where = Execution(storage=sys.argv[3] or None)
+where, wait = Execution(storage=sys.argv[3] or None), sys.argv[4]
+run, seeded = train.run, train._seed
+def waiting_run(task, *others):
+    def seed(seed, epoch, rank):
+        if epoch == 3 and (wait == "any" or task.folder.name == wait):
+            print(task.folder.name, flush=True)
+            signal.pause()
+        seeded(seed, epoch, rank)
+    train._seed = seed
+    run(task, *others)
+train.run = waiting_run
 data = load(config)
+study = Study(folder, "penex", config, data, where)
 print("ready", flush=True)
-while not Study(folder, "penex", config, data, where).is_finished():
+sys.stdin.readline()
+while not study.is_finished():
     tune(folder, "penex", config, data, where, beat=0.5)
     time.sleep(0.2)
 """
 
-    def __init__(self, config: Config, folder: Path, storage: str = "") -> None:
+    def __init__(
+        self, config: Config, folder: Path, storage: str = "", *, wait: str = "never"
+    ) -> None:
+        """It waits, to be killed, in the middle of the trial `wait`, which may be "any"."""
         self.folder = folder
+        arguments = [config.model_dump_json(), str(folder), storage, wait]
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", self.PROGRAM, config.model_dump_json(), folder, storage],
+            [sys.executable, "-c", self.PROGRAM, *arguments],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.guard = threading.Timer(GUARD, self.popen.kill)
+        self.guard.start()
 
-    def kill_after(self, found: Callable[[], bool]) -> None:
-        end = time.monotonic() + 60
-        while not found():
-            assert self.popen.poll() is None, self.popen.communicate()
-            assert time.monotonic() < end
-            time.sleep(0.005)
+    def says(self) -> str:
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline().strip()
+        assert line, self.popen.communicate()
+        return line
+
+    def go(self) -> None:
+        assert self.popen.stdin is not None
+        assert self.says() == "ready"
+        self.popen.stdin.write("\n")
+        self.popen.stdin.flush()
+
+    def kill(self) -> None:
         self.popen.kill()
         self.popen.communicate()
+        self.guard.cancel()
 
     def finish(self) -> None:
-        _, err = self.popen.communicate(timeout=120)
+        _, err = self.popen.communicate()
+        self.guard.cancel()
         assert self.popen.returncode == 0, err
         assert err == ""
 
@@ -122,7 +167,7 @@ def assert_same_trials(one: Path, other: Path, count: int) -> None:
     for number in range(count):
         folders = [trial_folder(folder, "penex", number) for folder in (one, other)]
         a, b = (read_json(folder / "run.json") for folder in folders)
-        for name in ("lr", "knob", "validation_nll"):
+        for name in ("lr", "knob", "epochs", "validation"):
             assert a[name] == b[name], (number, name)
         a, b = (read_logits(folder) for folder in folders)
         assert all(np.array_equal(a[name], b[name]) for name in a)
@@ -140,11 +185,14 @@ def test_killed_and_restarted_it_proposes_what_it_would_have_proposed(
     whole: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
-    for number in (3, 10):  # killed somewhere in the trial after that
-        done = trial_folder(folder, "penex", number)
-        Tuning(CONFIG, folder).kill_after(done.exists)
-    assert not trial_folder(folder, "penex", 12).exists()
-    Tuning(CONFIG, folder).finish()
+    for trial in ("trial-004", "trial-011"):  # killed in the middle of it
+        process = Tuning(CONFIG, folder, wait=trial)
+        process.go()
+        assert process.says() == trial
+        process.kill()
+    process = Tuning(CONFIG, folder)
+    process.go()
+    process.finish()
     assert_same_trials(whole, folder, 13)
     assert len(trials(folder, "penex")) == 13
 
@@ -152,13 +200,11 @@ def test_killed_and_restarted_it_proposes_what_it_would_have_proposed(
 def test_proposals_follow_all_results_before_them(whole: Path, tmp_path: Path) -> None:
     """The last one too, very good or very bad; told by the runs, where the journal is lost."""
     proposals = set()
-    for score in (-9, 9):
-        folder = Path(shutil.copytree(whole, tmp_path / str(score)))
+    for value in (-9.0, 9.0):
+        folder = Path(shutil.copytree(whole, tmp_path / str(value)))
         (folder / "tuning" / "study.journal").unlink()
         shutil.rmtree(trial_folder(folder, "penex", 12))
-        path = trial_folder(folder, "penex", 11) / "run.json"
-        text = path.read_text()
-        path.write_text(text.replace('"validation_nll": ', f'"validation_nll": {score}, "x": '))
+        rescore(folder, 11, value)
         tune(folder, "penex", CONFIG, load(CONFIG), HERE)
         proposals.add(trials(folder, "penex")[12]["lr"])
     assert len(proposals) == 2
@@ -205,38 +251,27 @@ def stored(storage: str) -> list[optuna.trial.FrozenTrial]:
 
 @pytest.mark.parametrize("kind", ["sqlite:///", "journal://"])
 def test_two_processes_share_a_study_and_one_is_killed(kind: str, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"epochs": 1000, "tune": 4})
+    config = CONFIG.model_copy(update={"tune": 4})
     storage = f"{kind}{tmp_path / 'study'}"
-    one, other = (Tuning(config, tmp_path / name, storage) for name in ("one", "other"))
-    for process in (one, other):
-        assert process.popen.stdout is not None
-        process.popen.stdout.readline()
-    running: list[optuna.trial.FrozenTrial] = []
-
-    def half_way() -> bool:
-        if not list(one.folder.glob("tuning/penex/.partial-*/curve.csv")):
-            return False
-        running[:] = [
-            trial
-            for trial in stored(storage)
-            if str(one.folder) in trial.user_attrs.get("owner", "")
-            and trial.state.name == "RUNNING"
-            and len(trial.params) == 2
-        ]
-        return bool(running)
-
-    one.kill_after(half_way)
+    one = Tuning(config, tmp_path / "one", storage, wait="any")
+    other = Tuning(config, tmp_path / "other", storage)
+    one.go()
+    number = int(one.says().removeprefix("trial-"))
+    lost = stored(storage)[number]
+    assert str(one.folder) in lost.user_attrs["owner"]
+    other.go()
+    wait_until(lambda: list(other.folder.glob("tuning/penex/trial-*")), other.popen)
+    one.kill()
     other.finish()
     after, extra = stored(storage)[:4], stored(storage)[4:]
     assert [trial.state.name for trial in after] == ["COMPLETE"] * 4
     # Opened by both at once, a study may hold more than were asked for; nobody takes those.
     assert {trial.state.name for trial in extra} <= {"WAITING"}
     # What the killed one was at was done again, by the other one, with the same parameters.
-    (lost,) = running
     assert after[lost.number].params == lost.params
     assert str(other.folder) in after[lost.number].user_attrs["owner"]
     record = read_json(trial_folder(other.folder, "penex", lost.number) / "run.json")
-    assert record["validation_nll"] == after[lost.number].value
+    assert score(record) == after[lost.number].value
     assert len({trial.params["lr"] for trial in after}) == 4
 
 
@@ -296,18 +331,28 @@ def test_a_loss_is_tuned_around_its_own_learning_rate(make: Make, tmp_path: Path
     assert all(0.5 / LR_SPAN <= record["lr"] <= 0.5 * LR_SPAN for record in records)
 
 
-def test_the_last_epoch_may_decide(make: Make, tmp_path: Path) -> None:
-    """Where the best epoch of one trial is better and the last one worse than another trial's."""
+SELECTED: dict[str, Callable[[np.ndarray], float]] = {
+    "refined": lambda curve: curve["validation_refined_nll"].min(),
+    "nll": lambda curve: curve["validation_nll"].min(),
+    "accuracy": lambda curve: -curve["validation_accuracy"].max(),
+    "last": lambda curve: curve["validation_nll"][-1],
+}
+
+
+@pytest.mark.parametrize("select", SELECTED)
+def test_trials_are_scored_at_the_epoch_that_is_selected(
+    make: Make, tmp_path: Path, select: str
+) -> None:
     options = {"losses": ("penex",), "seeds": 1, "epochs": 3, "tune": 2, "lr": 0.01}
-    folder = make(tmp_path / "out", tune_at="last", **options)
-    scores = []
-    for number in range(2):
-        with (trial_folder(folder, "penex", number) / "curve.csv").open() as stream:
-            scores.append([float(line["validation_nll"]) for line in csv.DictReader(stream)][-1])
+    folder = make(tmp_path / "out", select=select, **options)
+    curves = [
+        np.genfromtxt(trial_folder(folder, "penex", n) / "curve.csv", delimiter=",", names=True)
+        for n in range(2)
+    ]
+    scores = [trial.value for trial in stored(f"journal://{folder}/tuning/study.journal")]
+    assert scores == pytest.approx([SELECTED[select](curve) for curve in curves], rel=1e-5)
     picked = read_json(run_folder(folder, "penex", 0) / "run.json")["lr"]
     assert picked == trials(folder, "penex")[int(np.argmin(scores))]["lr"]
-    stored_scores = [trial.value for trial in stored(f"journal://{folder}/tuning/study.journal")]
-    assert stored_scores == scores
 
 
 def test_more_trials_are_another_configuration_but_more_losses_are_not(
@@ -319,6 +364,9 @@ def test_more_trials_are_another_configuration_but_more_losses_are_not(
     make(folder, losses=("penex", "focal"), **options)
     assert [record["lr"] for record in trials(folder, "penex")] == before
     assert len(trials(folder, "focal")) == 2
+    changed = r"tune was 2, is 3; select was 'refined', is 'last'"
+    with pytest.raises(CompareError, match=rf"another configuration \({changed}\)"):
+        make(folder, losses=("penex",), **(options | {"tune": 3, "select": "last"}))
 
 
 def test_a_trial_that_diverged_is_not_chosen(tuned: Path, tmp_path: Path) -> None:
@@ -326,21 +374,18 @@ def test_a_trial_that_diverged_is_not_chosen(tuned: Path, tmp_path: Path) -> Non
     config, _ = read_comparison(folder)
     (folder / "tuning" / "study.journal").unlink()
     shutil.rmtree(trial_folder(folder, "penex", 3))
-    ranked = sorted(range(3), key=lambda n: trials(folder, "penex")[n]["validation_nll"])
-    path = trial_folder(folder, "penex", ranked[0]) / "run.json"
-    path.write_text(path.read_text().replace('"validation_nll": ', '"validation_nll": null, "x": '))
+    ranked = sorted(range(3), key=lambda n: score(trials(folder, "penex")[n]))
+    rescore(folder, ranked[0], None)
     # The search goes on from it.
     tune(folder, "penex", config, load(config), HERE)
     last = trials(folder, "penex")[3]
-    assert last["validation_nll"] is not None
-    rivals = [trials(folder, "penex")[ranked[1]], last]
-    winner = min(rivals, key=lambda record: record["validation_nll"])
+    winner = min(trials(folder, "penex")[ranked[1]], last, key=score)
     assert chosen(folder, "penex", config)["lr"] == winner["lr"]
 
 
 def test_where_all_trials_diverge_the_first_one_is_kept(make: Make, tmp_path: Path) -> None:
     folder = make(tmp_path / "out", losses=("penex",), seeds=1, epochs=1, tune=2, lr=1e30)
-    assert [record["validation_nll"] for record in trials(folder, "penex")] == [None, None]
+    assert [record["validation"] for record in trials(folder, "penex")] == [{"last": None}] * 2
     config, _ = read_comparison(folder)
     assert chosen(folder, "penex", config) == {"lr": 1e30, "knob": 0.1}
-    assert np.isnan(read_logits(run_folder(folder, "penex", 0))["test_last"]).any()
+    assert np.isnan(read_logits(run_folder(folder, "penex", 0))["test_1"]).any()

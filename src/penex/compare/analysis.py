@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from penex import __version__
-from penex.compare.config import Config
+from penex.compare.config import Config, check_metric
 from penex.compare.errors import CompareError
 from penex.compare.registry import REFERENCE, contender
-from penex.compare.selection import LAST, SELECTIONS
+from penex.compare.selection import SELECTIONS
 from penex.compare.statistics import (
     Decision,
     Estimate,
@@ -45,7 +45,7 @@ SCALINGS = {
 LEVEL = 0.95
 PRINTED_STEP = 0.001
 """The last digit of a metric as tables print it, of shares too: 0.1 %."""
-FLOOR_DRAWS = 50
+FLOOR_DRAWS = 20
 SCHEMA = 2
 GROUPS = 10
 """Into so many groups test rows are divided for the interval of a metric that is no mean."""
@@ -123,6 +123,7 @@ def summarize(
     chosen = {"metric": metric, "min_difference": min_difference}
     config = config.model_copy(update={k: v for k, v in chosen.items() if v is not None})
     check_metric(config.metric)
+    fixed_test = config.shares_test_rows(data["parts"])
     finished = [
         (spec, seed)
         for spec in config.losses
@@ -131,8 +132,8 @@ def summarize(
     ]
     if not finished:
         raise CompareError(f"{folder} has no finished run yet; run penex compare first")
-    runs = [_run(folder, config, *key) for key in finished]
-    design = _Design(config, data, runs)
+    runs = [_run(folder, config, *key, fixed_test=fixed_test) for key in finished]
+    design = _Design(config, runs, fixed_test=fixed_test)
     summary = {
         selection: {
             scaling: {name: _column(design, selection, scaling, name)[0] for name in METRICS}
@@ -157,12 +158,6 @@ def summarize(
     }
 
 
-def check_metric(name: str) -> None:
-    """Refuse a metric that does not exist."""
-    if name not in METRICS:
-        raise CompareError(f"metric (--metric): expected one of {', '.join(METRICS)}, got {name!r}")
-
-
 @dataclass(frozen=True)
 class _Run:
     """The record of one run with its metrics, and what intervals need besides."""
@@ -178,46 +173,47 @@ class _Run:
         return self.record["loss"], self.record["seed"]
 
 
-def _run(folder: Path, config: Config, spec: str, seed: int) -> _Run:
+def _run(folder: Path, config: Config, spec: str, seed: int, *, fixed_test: bool) -> _Run:
     where = run_folder(folder, spec, seed)
     record: dict[str, Any] = read_json(where / "run.json")
     saved = read_logits(where)
-    record |= {"temperature": {}, "test": {}, "floor": None, "extreme_rows": None}
+    record |= {"temperature": {}, "test": {}, "floor": {}, "extreme_rows": None}
     run = _Run(record, {}, {})
-    known: dict[int, str] = {}  # selections often share an epoch
+    known: dict[int | None, str] = {}  # selections often share an epoch
     for selection in SELECTIONS:
-        epoch = record["epochs"].get(selection)
-        if epoch in known:
-            same = known[epoch]
-            for column in ("temperature", "test"):
-                record[column][selection] = record[column][same]
-            for scaling in SCALINGS:
-                if (same, scaling) in run.rows:
-                    run.rows[selection, scaling] = run.rows[same, scaling]
+        same = known.setdefault(record["epochs"].get(selection), selection)
+        if same == selection:
+            _evaluate(run, selection, predictions(config, record, saved, selection))
             continue
-        known[epoch] = selection
-        found = predictions(config, record, saved, selection)
-        if found is None:
-            record["temperature"][selection] = None
-            record["test"][selection] = dict.fromkeys(SCALINGS)
-            continue
-        record["temperature"][selection] = found.temperature
-        record["test"][selection] = {}
+        for column in (record["temperature"], record["test"]):
+            column[selection] = column[same]
         for scaling in SCALINGS:
-            logits = found.scaled(scaling)
-            record["test"][selection][scaling] = _finite(evaluate(logits, found.target))
-            run.rows[selection, scaling] = row_values(logits, found.target)
-    _examine(run, config, saved)
+            if (same, scaling) in run.rows:
+                run.rows[selection, scaling] = run.rows[same, scaling]
+    found = predictions(config, record, saved, config.select)
+    if found is not None:
+        _examine(run, config.select, found, fixed_test)
     return run
 
 
-def _examine(run: _Run, config: Config, saved: Mapping[str, NDArray[Any]]) -> None:
-    """What is looked at for the selection that the recommendation is based on alone."""
-    found = predictions(config, run.record, saved, config.select)
+def _evaluate(run: _Run, selection: str, found: Predictions | None) -> None:
+    """The metrics of a run at a selection, None where it diverged."""
+    record = run.record
     if found is None:
+        record["temperature"][selection] = None
+        record["test"][selection] = dict.fromkeys(SCALINGS)
         return
-    run.record["floor"] = calibration_floor(found.test, found.target, draws=FLOOR_DRAWS)
-    losses = np.sort(run.rows[config.select, "link"]["nll"])[::-1]
+    record["temperature"][selection] = found.temperature
+    record["test"][selection] = {}
+    for scaling in SCALINGS:
+        logits = found.scaled(scaling)
+        record["test"][selection][scaling] = _finite(evaluate(logits, found.target))
+        run.rows[selection, scaling] = row_values(logits, found.target)
+
+
+def _examine(run: _Run, selection: str, found: Predictions, fixed_test: bool) -> None:
+    """What is computed only at the selection that the recommendation is based on."""
+    losses = np.sort(run.rows[selection, "link"]["nll"])[::-1]
     few = max(1, len(losses) // 100)
     run.record["extreme_rows"] = {
         "rows": few,
@@ -225,31 +221,40 @@ def _examine(run: _Run, config: Config, saved: Mapping[str, NDArray[Any]]) -> No
         "largest": float(losses[0]),
     }
     for scaling in ("link", "scaled"):
-        run.groups[config.select, scaling] = _pseudo_values(found.scaled(scaling), found.target)
+        logits = found.scaled(scaling)
+        run.record["floor"][scaling] = calibration_floor(logits, found.target, draws=FLOOR_DRAWS)
+        if fixed_test:
+            whole = run.record["test"][selection][scaling]
+            run.groups[selection, scaling] = _pseudo_values(whole, logits, found.target)
 
 
-def _pseudo_values(logits: Floats, target: NDArray[np.int64]) -> dict[str, Floats]:
+def _pseudo_values(
+    whole: Mapping[str, float | None], logits: Floats, target: NDArray[np.int64]
+) -> dict[str, Floats]:
     """Jackknife pseudo-values by metric, one for each of :data:`GROUPS` groups of rows.
 
-    They stand for a metric that is no mean over rows as rows do for one that is (Tukey, 1958): G
-    times its value on all rows less G - 1 times its value without the group.
+    Their variation stands for that of a metric that is no mean over rows as the variation of rows
+    does for one that is (Tukey, 1958): G times the value on all rows less G - 1 times the value
+    without the group. They are shifted to have the value on all rows as their mean, because the
+    tables show that value, not the jackknife's estimate of what more rows would give.
     """
     n = len(target)
-    group = np.random.default_rng(0).permutation(n) % GROUPS
     if n < 2 * GROUPS:
         return {}
-    whole = evaluate(logits, target)
+    group = np.random.default_rng(0).permutation(n) % GROUPS
     without = [evaluate(logits[group != g], target[group != g]) for g in range(GROUPS)]
-    return {
-        name: np.array([GROUPS * whole[name] - (GROUPS - 1) * each[name] for each in without])
-        for name in METRICS
-    }
+    found = {}
+    for name, value in whole.items():
+        if value is not None:
+            deviation = -(GROUPS - 1) * np.array([each[name] for each in without])
+            found[name] = value + deviation - deviation.mean()
+    return found
 
 
 class _Design:
     """The runs of a comparison, and how its seeds and test rows were drawn."""
 
-    def __init__(self, config: Config, data: Mapping[str, Any], runs: Sequence[_Run]) -> None:
+    def __init__(self, config: Config, runs: Sequence[_Run], *, fixed_test: bool) -> None:
         self.config = config
         self.runs = {run.key: run for run in runs}
         self.losses = [spec for spec in config.losses if any(s == spec for s, _ in self.runs)]
@@ -259,7 +264,7 @@ class _Design:
             if all((spec, seed) in self.runs for spec in self.losses)
         ]
         """Those at which every loss with a finished run has one."""
-        self.fixed_test = config.shares_test_rows(data["parts"])
+        self.fixed_test = fixed_test
         """Whether the test rows are the same at all seeds."""
 
     def values(self, spec: str, selection: str, scaling: str, metric: str) -> Floats:
@@ -368,15 +373,15 @@ def _plain(estimate: Estimate | None) -> dict[str, Any]:
     }
 
 
-def primary_scaling(metric: str, selection: str) -> str:
-    """The scaling of the primary metric: selected after temperature scaling, shown after it."""
+def primary_scaling(selection: str) -> str:
+    """The scaling of the metric of the recommendation: that by which the epoch was selected."""
     return "scaled" if selection == "refined" else "link"
 
 
 def _primary(design: _Design, summary: dict[str, Any]) -> dict[str, Any]:
     """What the primary metric says; its column gets the star."""
     metric, selection = design.config.metric, design.config.select
-    scaling = primary_scaling(metric, selection)
+    scaling = primary_scaling(selection)
     _, decision = _column(design, selection, scaling, metric)
     if decision.starred is not None:
         summary[selection][scaling][metric][decision.starred]["best"] = True
@@ -425,7 +430,7 @@ def _loss(spec: str, runs: Sequence[_Run]) -> dict[str, Any]:
         "value": own[0]["knob"] if own else None,
         "lr": own[0]["lr"] if own else None,
         "runs": len(own),
-        "diverged": sum(run["test"][LAST]["link"] is None for run in own),
+        "diverged": sum(any(at["link"] is None for at in run["test"].values()) for run in own),
         "epochs": {name: [run["epochs"].get(name) for run in own] for name in SELECTIONS},
     }
 

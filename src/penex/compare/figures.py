@@ -299,10 +299,10 @@ def reliability(comparisons: Sequence[Comparison]) -> Figure:
                 axes.set_axis_off()
                 continue
             plots.diagram(axes, found[column])
-            error = one.results["summary"][one.results["config"]["select"]]["link"]["ece"][
-                found[column].spec
-            ]["mean"]
-            axes.set_title(f"{found[column].label}\n{one.name}, ECE {error:.3f}", loc="left")
+            table = one.results["summary"][one.results["config"]["select"]]["link"]["ece"]
+            error = table[found[column].spec]["mean"]
+            value = "" if error is None else f", ECE {error:.3f}"
+            axes.set_title(f"{found[column].label}\n{one.name}{value}", loc="left")
             if column:
                 axes.set_ylabel("")
     return figure
@@ -367,13 +367,15 @@ def qualitative(comparisons: Sequence[Comparison]) -> Figure:
 def _probabilities(
     one: Comparison, found: Sequence[Evidence]
 ) -> tuple[NDArray[np.int64], list[Floats]]:
-    """Labels and (N, K) probabilities of the test rows at seed 0 and the best epoch."""
+    """Labels and (N, K) probabilities of the test rows at seed 0 and the selected epoch."""
     values, target = [], np.empty(0, np.int64)
+    config = Config(**one.results["config"])
     for each in found:
         run = next((run for run in one.finished(each.spec) if run["seed"] == 0), None)
-        config = Config(**one.results["config"])
-        saved = read_logits(run_folder(one.folder, each.spec, 0))
-        known = None if run is None else predictions(config, run, saved, config.select)
+        known = None
+        if run is not None:
+            saved = read_logits(run_folder(one.folder, each.spec, 0))
+            known = predictions(config, run, saved, config.select)
         if known is None:
             raise NothingToShowError(f"{each.label} has no finite run at seed 0 in {one.folder}")
         target = known.target

@@ -334,7 +334,7 @@ def contender(spec: str) -> Contender:
     name, equals, text = spec.partition("=")
     if name not in LOSSES:
         close = difflib.get_close_matches(name, LOSSES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = f"; did you mean {close[0]}?" if close else "."
         raise CompareError(f"losses: no loss is called {name!r}{hint} Known: {', '.join(LOSSES)}.")
     loss = LOSSES[name]
     if not equals:

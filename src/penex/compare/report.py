@@ -101,7 +101,7 @@ def leaderboards(several: Sequence[dict[str, Any]]) -> list[tables.Ranking]:
         table = tables.tidy(several, metric)
         try:
             board = leaderboard(table, higher_is_better=METRICS[metric].higher_is_better)
-        except ValueError:  # no loss or no data set in common
+        except ValueError:  # fewer than two losses or no data set in common
             continue
         if board.blocks < SMALL_GROUP:
             continue
@@ -134,7 +134,8 @@ def page(comparison: plots.Comparison) -> str:
             for name in sorted(SELECTIONS, key=lambda name: name != selected)
         },
         side_by_side=list(tables.selections(results)),
-        cell=tables.cell,
+        side_by_side_header=tables.selections_header(),
+        smallest_difference=verdict.smallest_difference(results),
         softmax=tables.softmax(results, selected),
         legend=tables.legend(results),
         timing=tables.timing(results),
@@ -160,6 +161,7 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(
         selections=SELECTIONS,
         metrics=METRICS,
+        cell=tables.cell,
         ink=plots.INK,
         robust_legend=tables.ROBUST_LEGEND,
         **values,

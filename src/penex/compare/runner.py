@@ -92,14 +92,14 @@ def compare(
 def _measure_times(
     config: Config, folder: Path, values: Mapping[str, Mapping[str, float]], pool: Workers
 ) -> None:
-    """Record the time of a training epoch of each loss, one after the other and nothing beside."""
+    """Record the time of a training epoch of each loss, measured one at a time."""
     path = folder / "timing.json"
     known: dict[str, float] = decided(lambda: read_json(path) if path.exists() else {})
     missing = [spec for spec in config.losses if spec not in known]
     for spec in missing:
         (known[spec],) = pool.each(_measure, [(spec, values[spec]["knob"])])
     if missing and leads():
-        write_json(path, {spec: known[spec] for spec in known})
+        write_json(path, known)
 
 
 def _pairs(config: Config) -> list[tuple[int, str]]:

@@ -104,7 +104,7 @@ def claim(folder: Path, config: Config, dataset: Dataset) -> None:
         changed = [
             f"{named(name)} was {before[name]!r}, is {now[name]!r}"
             for name in now
-            if before[name] != now[name]
+            if name in before and before[name] != now[name]
         ]
         if data_before["fingerprint"] != dataset.fingerprint:
             changed.append(f"data was {_data(data_before)}, is {_data(data)}")

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean as average
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -16,8 +17,8 @@ from penex.compare.leaderboard import Leaderboard
 from penex.compare.registry import LOSSES, REFERENCE
 from penex.compare.robustness import NORMS, summary
 from penex.compare.selection import LAST, SELECTIONS
-from penex.compare.verdict import settings
-from penex.metrics import METRICS
+from penex.compare.verdict import settings, signed
+from penex.metrics import METRICS, Metric
 
 COLUMNS = (
     ("accuracy", "link"),
@@ -97,7 +98,7 @@ def _of_majority(results: dict[str, Any], name: str, scaling: str) -> Cell:
 def _calibration(table: dict[str, Any], spec: str) -> Cell:
     """NLL less NLL after temperature scaling."""
     whole, refined = (table[scaling]["nll"][spec]["mean"] for scaling in ("link", "scaled"))
-    return Cell("–" if whole is None else METRICS["nll"].format(whole - refined).replace("-", "−"))
+    return Cell("–" if whole is None else signed(METRICS["nll"], whole - refined).removeprefix("+"))
 
 
 def span(epochs: Sequence[int | None]) -> str:
@@ -116,37 +117,61 @@ def cell(name: str, value: dict[str, Any]) -> Cell:
     if value["mean"] is None:
         return Cell("–")
     difference = value["difference"]
-    change = "" if difference is None else _with_interval(metric, difference, signed=True)
+    change = "" if difference is None else _with_interval(metric, difference, difference=True)
     return Cell(_with_interval(metric, value), change, value["best"], value["sign"])
 
 
-def _with_interval(metric: Any, value: Mapping[str, Any], *, signed: bool = False) -> str:
+def _with_interval(metric: Metric, value: Mapping[str, Any], *, difference: bool = False) -> str:
     def number(x: float) -> str:
-        sign = ("−" if x < 0 else "+") if signed else ""
-        text: str = metric.format(abs(x) if signed else x)
-        return f"{sign}{text}"
+        return signed(metric, x) if difference or x < 0 else metric.format(x)
 
     mean, low, high = value["mean"], value["low"], value["high"]
     if low is None:
         return number(mean)
     below, above = mean - low, high - mean
-    if abs(below - above) > 1e-9 * max(below, above):
+    if not math.isclose(below, above, rel_tol=1e-6, abs_tol=1e-9):
         return f"{number(mean)} [{number(low)}, {number(high)}]"
     return f"{number(mean)}±{metric.format(above)}"
 
 
-def selections(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, list[str]]]]:
-    """For every loss, by selection: epochs, accuracy, NLL, and NLL after temperature scaling."""
+BY_SELECTION = (("accuracy", "link"), ("nll", "link"), ("nll", "scaled"))
+"""Metric and scaling of the table that compares the selections."""
+SHORT_SELECTIONS = {
+    "refined": "Lowest NLL (T)",
+    "nll": "Lowest NLL",
+    "accuracy": "Highest accuracy",
+    LAST: "Last",
+}
+"""Titles of the selections in that table."""
+
+
+class Selection(NamedTuple):
+    """A loss at a selection, without intervals."""
+
+    title: str
+    epochs: str
+    values: list[str]
+
+
+def selections_header() -> list[str]:
+    """The columns after the loss in the table that compares the selections."""
+    names = [_title(name, " (T)" * (scaling == "scaled")) for name, scaling in BY_SELECTION]
+    return ["Epoch by validation", "Epochs", *names]
+
+
+def selections(results: dict[str, Any]) -> Iterator[tuple[str, list[Selection]]]:
+    """For every loss, what each selection gives."""
     for loss in results["losses"]:
-        found = {}
-        for selection in SELECTIONS:
+        found = []
+        for selection, title in SHORT_SELECTIONS.items():
             table = results["summary"][selection]
             values = [
                 (METRICS[name], table[scaling][name][loss["spec"]]["mean"])
-                for name, scaling in (("accuracy", "link"), ("nll", "link"), ("nll", "scaled"))
+                for name, scaling in BY_SELECTION
             ]
             texts = ["–" if mean is None else metric.format(mean) for metric, mean in values]
-            found[selection] = [span(loss["epochs"][selection]), *texts]
+            epochs = span(loss["epochs"][selection]).rpartition(" ")[2] or "–"
+            found.append(Selection(title, epochs, texts))
         yield loss["label"], found
 
 
@@ -161,18 +186,21 @@ def timing(results: dict[str, Any]) -> str:
         for spec, value in seconds.items()
         if spec in labels
     ]
-    return f"Time of a training epoch, each loss measured alone: {', '.join(parts)}."
+    return f"Training time per epoch, each loss measured alone: {', '.join(parts)}."
 
 
 def floor(results: dict[str, Any]) -> str:
-    """The smooth ECE that calibrated predictions would show; empty if unknown."""
-    floors = [run["floor"] for run in results["runs"] if run["floor"] is not None]
+    """The smooth ECE that calibrated predictions would have; empty if unknown."""
+    floors = [run["floor"] for run in results["runs"] if run["floor"]]
     if not floors:
         return ""
-    mean = METRICS["smooth_ece"].format(sum(floors) / len(floors))
+    link, scaled = (
+        METRICS["smooth_ece"].format(average(each[scaling] for each in floors))
+        for scaling in ("link", "scaled")
+    )
     return (
-        "Perfectly calibrated predictions on this many test rows would have a smooth ECE of about "
-        f"{mean}."
+        "A smooth ECE is above zero even without miscalibration: for calibrated predictions with "
+        f"the same confidences and number of rows it would be about {link}, and {scaled} (T)."
     )
 
 
@@ -220,10 +248,11 @@ class Attacked(NamedTuple):
 
 
 ROBUST_LEGEND = (
-    "Accuracy on test rows that an adversary may change within the radius, under the strongest of "
-    "several attacks for each row (PGD, and of AutoAttack APGD on cross-entropy, APGD on the "
-    "difference of logits ratio, and Square where they apply). Mean over seeds ± half the 95 % "
-    "interval. Filled, solid: selected epoch; hollow, dotted: last."
+    "Accuracy on test rows that an adversary may change within the radius. A row counts as right "
+    "if it withstands all attacks: PGD and, from AutoAttack and where they apply, APGD on "
+    "cross-entropy, APGD on the difference of logits ratio, and Square. Mean over seeds ± "
+    "half-width of the 95 % interval. Filled markers, solid lines: selected epoch; hollow, "
+    "dotted: last epoch."
 )
 
 
@@ -239,8 +268,7 @@ def robust(results: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[A
                 cells = summary(records, loss["spec"], epoch, norm)
                 texts = [_share(cells.get(radius)) for radius in radii]
                 if cells:
-                    title = SELECTIONS[epoch].lower()
-                    rows.append((f"{loss['label']}, {title}", texts))
+                    rows.append((f"{loss['label']}, {lowered(SELECTIONS[epoch])}", texts))
         found.append(Attacked(norm, NORMS[norm], [radius_name(radius) for radius in radii], rows))
     return found
 
@@ -281,15 +309,20 @@ class Ranking(NamedTuple):
 
 
 def tidy(several: Sequence[dict[str, Any]], metric: str) -> pd.DataFrame:
-    """A metric of several comparisons, in the columns of :func:`~.leaderboard.leaderboard`."""
+    """A metric of several comparisons, in the columns of :func:`~.leaderboard.leaderboard`.
+
+    Of the losses that all of them have.
+    """
+    common = set.intersection(*({loss["label"] for loss in each["losses"]} for each in several))
     lines = []
     for results, title in zip(several, titles(several), strict=True):
         selection = results["config"]["select"]
-        column = results["summary"][selection][primary_scaling(metric, selection)][metric]
+        column = results["summary"][selection][primary_scaling(selection)][metric]
         block = results["data"]["name"]
         lines += [
             (title, block, loss["label"], column[loss["spec"]]["mean"])
             for loss in results["losses"]
+            if loss["label"] in common
         ]
     table = pd.DataFrame(lines, columns=["data_set", "block", "loss", "value"])
     return table.astype({"value": float})
@@ -373,6 +406,11 @@ def merged(several: Sequence[dict[str, Any]], selection: str) -> list[Block]:
     return blocks
 
 
+def lowered(title: str) -> str:
+    """A title after a colon or a comma."""
+    return title[0].lower() + title[1:]
+
+
 def titles(several: Sequence[dict[str, Any]]) -> list[str]:
     """What each comparison is of, in a few words; numbered where these are the same."""
     found = []
@@ -380,7 +418,7 @@ def titles(several: Sequence[dict[str, Any]]) -> list[str]:
         config, rows = results["config"], results["runs"][0]["rows"]
         parts = [results["data"]["name"], f"{rows['train']} training rows"]
         if config["label_noise"]:
-            parts.append(f"{config['label_noise']:.0%} label noise")
+            parts.append(f"{100 * config['label_noise']:.3g} % label noise")
         if config.get("model"):
             parts.append(str(config["model"]))
         parts.append("1 seed" if config["seeds"] == 1 else f"{config['seeds']} seeds")
@@ -399,40 +437,43 @@ def caption(results: dict[str, Any]) -> str:
     """What the numbers are of, in words."""
     config = results["config"]
     counts = results["runs"][0]["rows"]
-    parts = config["noise_parts"].replace("+", " and ")
-    noise = f", {config['label_noise']:.0%} label noise in {parts}" if config["label_noise"] else ""
-    tuned = (
-        f" Tuned with {config['tune']} trials per loss." if config["tune"] else " Nothing tuned."
-    )
+    noise = ""
+    if config["label_noise"]:
+        parts = config["noise_parts"].replace("+", " and ")
+        noise = f", {100 * config['label_noise']:.3g} % label noise in {parts} rows"
+    tuned = f"Tuned with {config['tune']} trials for each loss."
     seeds = "1 seed" if config["seeds"] == 1 else f"{config['seeds']} seeds"
     done, planned = len(results["runs"]), results["planned_runs"]
     unfinished = "" if done == planned else f" Unfinished: {done} of {planned} runs."
-    shared = "the same at all seeds" if results["primary"]["fixed_test"] else "drawn by each seed"
+    fixed = results["primary"]["fixed_test"]
+    shared = "the same for all seeds" if fixed else "drawn anew for each seed"
     return (
         f"{results['data']['name']}: {counts['train']} training, {counts['validation']} validation "
-        f"and {counts['test']} test rows ({shared}), {seeds}{noise}.{tuned}{unfinished}"
+        f"and {counts['test']} test rows ({shared}), {seeds}{noise}. "
+        f"{tuned if config['tune'] else 'Not tuned.'}{unfinished}"
     )
 
 
 def legend(results: dict[str, Any]) -> str:
     """How the numbers of the tables are to be read."""
     if results["primary"]["fixed_test"]:
-        method = "for seeds and test rows together"
+        method = "over seeds and test rows"
     else:
-        method = "over seeds, corrected for overlapping test parts (Nadeau and Bengio, 2003)"
+        method = "over seeds, corrected for overlapping test sets (Nadeau and Bengio, 2003)"
     return (
-        f"Mean ± half the 95 % interval, {method}; below it the paired difference to "
-        "cross-entropy. Colours: better or worse than cross-entropy at the 5 % level, after Holm's "
-        "correction for the losses of a column, by a difference that matters. ★: better than "
-        "cross-entropy and than every other loss on the metric of the recommendation. (T): after "
-        "temperature scaling fitted on validation rows. NLL is the sum of a refinement error, "
-        "NLL (T), and a calibration error, Calibration."
+        f"Mean ± half-width of the 95 % interval {method}, and below it the paired difference from "
+        "cross-entropy. Coloured differences are significant at the 5 % level after Holm’s "
+        "correction within the column, and large enough to matter. ★ (only in the metric of the "
+        "recommendation): significantly better than cross-entropy and every other loss. (T): after "
+        "temperature scaling, fitted on the validation rows. NLL = NLL (T), the refinement error, "
+        "+ Calibration, the calibration error."
     )
 
 
 MERGED_LEGEND = (
-    "Mean ± half the 95 % interval. ★: better than cross-entropy and than every other loss on the "
-    "metric of the recommendation. (T): after temperature scaling fitted on validation rows."
+    "Mean ± half-width of the 95 % interval. ★ (only in the metric of the recommendation): "
+    "significantly better than cross-entropy and every other loss. (T): after temperature scaling, "
+    "fitted on the validation rows."
 )
 
 
@@ -447,14 +488,8 @@ def terminal(results: dict[str, Any], selection: str, width: int) -> Table:
 
 
 def _terminal(results: dict[str, Any], selection: str, *, stacked: bool) -> Table:
-    table = Table(
-        title=SELECTIONS[selection],
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-        leading=int(stacked),
-    )
+    table = _bare(f"Test results: {lowered(SELECTIONS[selection])}")
+    table.leading = int(stacked)
     table.add_column("Loss")  # wraps between words; from numbers Rich would cut the end off
     for title in header():
         text = title.replace(" ", "\n", 1) if stacked else title
@@ -479,37 +514,33 @@ def _stacked(text: str) -> str:
 
 
 def selections_terminal(results: dict[str, Any]) -> Table:
-    """For Rich to print: all selections side by side."""
-    table = Table(
-        title="By selected epoch: accuracy %; NLL, NLL (T)",
+    """For Rich to print on 80 columns or more: every loss at all selections."""
+    table = _bare("Test results by selected epoch")
+    table.add_column("Loss")
+    for place, title in enumerate(selections_header()):
+        table.add_column(f" {title}", justify="left" if place == 0 else "right", no_wrap=True)
+    for label, found in selections(results):
+        for number, one in enumerate(found):
+            cells = (f" {value}" for value in (one.title, one.epochs, *one.values))
+            table.add_row(Text(label if number == 0 else ""), *cells)
+    return table
+
+
+def _bare(title: str) -> Table:
+    """A table with a rule below its header and no other line."""
+    return Table(
+        title=Text(title),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
         show_edge=False,
     )
-    table.add_column("Loss")
-    for title in SELECTIONS.values():
-        table.add_column(f"{title} ", justify="right")
-    for label, found in selections(results):
-        cells = []
-        for epochs, accuracy, *nll in found.values():
-            cell = Text(f"{accuracy} \n{' '.join(nll)} ")
-            cell.append(f"\n{epochs} ", style="dim")
-            cells.append(cell)
-        table.add_row(Text(label), *cells)
-    return table
 
 
 def merged_terminal(several: Sequence[dict[str, Any]], selection: str) -> Iterator[Table]:
     """For Rich to print on 80 columns or more, a table for each comparison."""
     for block in merged(several, selection):
-        table = Table(
-            title=Text(f"{block.title}: {SELECTIONS[selection].lower()}"),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=0,
-            show_edge=False,
-        )
+        table = _bare(f"{block.title}: {lowered(SELECTIONS[selection])}")
         table.add_column("Loss")
         for title in merged_header():
             table.add_column(f"{title} ", justify="right", no_wrap=True)
@@ -575,8 +606,8 @@ def merged_latex(several: Sequence[dict[str, Any]]) -> str:
     lines = _latex_start(len(MERGED), [MERGED_LEGEND], ["Loss", *merged_header()])
     for selection in LATEX_SELECTIONS:
         for block in merged(several, selection):
-            name = SELECTIONS[selection]
-            lines += _latex_section(f"{block.title}: {name[0].lower()}{name[1:]}", columns)
+            title = f"{block.title}: {lowered(SELECTIONS[selection])}"
+            lines += _latex_section(title, columns)
             for line in block.lines:
                 lines.append(" & ".join([_tex(line.label), *map(_bold, line.cells)]) + r" \\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"

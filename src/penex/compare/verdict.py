@@ -3,14 +3,15 @@
 Both are made from the content of results.json alone.
 """
 
+import re
 from collections.abc import Sequence
-from statistics import mean
+from statistics import median
 from typing import Any
 
 from penex.compare.registry import LOSSES, REFERENCE
 from penex.compare.selection import LAST
 from penex.compare.statistics import MIN_SEEDS
-from penex.metrics import METRICS
+from penex.metrics import METRICS, Metric
 
 REFERENCE_NAME = LOSSES[REFERENCE].label.lower()
 MIN_VALIDATION_ROWS = 200
@@ -28,49 +29,69 @@ NEAR_MAJORITY = 0.02
 
 
 def recommendation(results: dict[str, Any]) -> str:
-    """Which loss to train with, by how much it is better, how certain that is, and how to train.
+    """Which loss to train with, by how much it is better, how sure that is, and how to train.
 
     Args:
         results: Of :func:`penex.compare.analysis.summarize`.
     """
-    primary, column = results["primary"], primary_column(results)
-    if REFERENCE not in column:
-        best = primary["best"]
-        lead = f" The best value so far is that of {_named(results, [best])}." if best else ""
-        return (
-            f"No recommendation: {REFERENCE_NAME}, with which the other losses are compared, is "
-            f"not among the losses.{lead}"
-        )
-    if len(column) == 1:
-        return f"No recommendation: {REFERENCE_NAME} is the only loss."
-    if column[REFERENCE]["mean"] is None or REFERENCE in primary["incomplete"]:
-        return (
-            f"No recommendation: runs of {REFERENCE_NAME} diverged, so there is nothing to compare "
-            "the other losses with. Lower the learning rate."
-        )
-    if len(results["seeds"]) < MIN_SEEDS:
-        best, n = primary["best"], len(results["seeds"])
-        return (
-            f"No recommendation yet: {n} seed{'s' * (n != 1)} in common, and at least {MIN_SEEDS} "
-            f"are needed to tell a difference from chance. {_sentence_of_best(results, best)}"
-        )
+    missing = _why_none(results)
+    if missing is not None:
+        return f"{missing}{_best_so_far(results)}"
     spec = recommended(results)
     if spec == REFERENCE:
         return _keep(results)
-    return _switch(results, spec) if spec == primary["best"] else _consider(results, spec)
+    best = results["primary"]["best"]
+    return _switch(results, spec) if spec == best else _consider(results, spec)
 
 
 def recommended(results: dict[str, Any]) -> str:
     """The loss that :func:`recommendation` names; without one, the reference or the best so far."""
     primary, column = results["primary"], primary_column(results)
     better = primary["better"]
-    if len(results["seeds"]) >= MIN_SEEDS and better:
+    if _why_none(results) is None and better:
         if primary["best"] in better:
             return str(primary["best"])
         return str(min(better, key=lambda spec: _rank(results, spec)))
     if REFERENCE in column and column[REFERENCE]["mean"] is not None:
         return REFERENCE
     return str(primary["best"] or results["losses"][0]["spec"])
+
+
+def _why_none(results: dict[str, Any]) -> str | None:
+    """Why there is no recommendation; None if there is one."""
+    primary, seeds = results["primary"], len(results["seeds"])
+    losses = [loss["spec"] for loss in results["losses"]]
+    started = [loss["spec"] for loss in results["losses"] if loss["runs"]]
+    if REFERENCE not in losses:
+        return (
+            f"No recommendation: {REFERENCE_NAME}, the loss that the others are compared with, is "
+            "not part of this comparison."
+        )
+    if len(losses) == 1:
+        return f"No recommendation: {REFERENCE_NAME} is the only loss."
+    if REFERENCE not in started or len(started) == 1:
+        absent = REFERENCE_NAME if REFERENCE not in started else "any other loss"
+        return f"No recommendation yet: no run of {absent} has finished."
+    if seeds < MIN_SEEDS:
+        return (
+            f"No recommendation yet: the losses have {seeds} seed{'s' * (seeds != 1)} in common, "
+            f"and a confidence interval needs at least {MIN_SEEDS}."
+        )
+    if REFERENCE in primary["incomplete"]:
+        return (
+            f"No recommendation: {REFERENCE_NAME}, the loss that the others are compared with, "
+            "diverged in some runs. Lower its learning rate and run the comparison again."
+        )
+    return None
+
+
+def _best_so_far(results: dict[str, Any]) -> str:
+    """A sentence with the best mean, after a space; empty if there is only one loss to rank."""
+    best, column = results["primary"]["best"], primary_column(results)
+    if best is None or sum(cell["mean"] is not None for cell in column.values()) < 2:
+        return ""
+    value = with_unit(results["primary"]["metric"], column[best]["mean"])
+    return f" {_capital(_named(results, [best]))} has the best {_metric_name(results)}: {value}."
 
 
 def _rank(results: dict[str, Any], spec: str) -> float:
@@ -84,7 +105,9 @@ def _switch(results: dict[str, Any], best: str) -> str:
     text = f"Train with {_with_settings(results, best)}: {_improvement(results, best)}."
     others = [spec for spec in primary["best_group"] if spec != best]
     if others:
-        text += f" It cannot be distinguished from {_named(results, others)}."
+        text += (
+            f" The difference between it and {_named(results, others, 'or')} is not significant."
+        )
     also = [spec for spec in primary["better"] if spec != best and spec not in others]
     if also:
         text += f" Also better than {REFERENCE_NAME}: {_named(results, also)}."
@@ -92,83 +115,81 @@ def _switch(results: dict[str, Any], best: str) -> str:
 
 
 def _consider(results: dict[str, Any], spec: str) -> str:
-    """A loss is better than the reference, but the best one is not, as it varies too much."""
+    """A loss is better than the reference, but the one with the best mean varies too much."""
     best = results["primary"]["best"]
-    value = METRICS[results["primary"]["metric"]].format(primary_column(results)[best]["mean"])
+    value = with_unit(results["primary"]["metric"], primary_column(results)[best]["mean"])
     return (
-        f"Consider {_with_settings(results, spec)}: {_improvement(results, spec)}. The best value, "
-        f"{value}, is that of {_named(results, [best])}, whose difference to {REFERENCE_NAME} is "
-        f"not certain; more seeds may tell. {_how_to_stop(results, spec)}"
+        f"Consider {_with_settings(results, spec)}: {_improvement(results, spec)}. "
+        f"{_capital(_named(results, [best]))} has the best mean, {value}, but its difference from "
+        f"{REFERENCE_NAME} is not significant; more seeds may show which is better. "
+        f"{_how_to_stop(results, spec)}"
     )
 
 
 def _keep(results: dict[str, Any]) -> str:
     """No loss is better than the reference."""
-    primary, column = results["primary"], primary_column(results)
-    metric = METRICS[primary["metric"]]
+    primary = results["primary"]
     start = f"Keep {_with_settings(results, REFERENCE)}: "
-    worse = [spec for spec in primary["worse"] if spec in column]
-    if len(worse) == len(column) - 1:
-        reason = f"every other loss has a worse {_metric_name(results)}"
+    rivals = [
+        loss["spec"]
+        for loss in results["losses"]
+        if loss["runs"] and loss["spec"] not in (REFERENCE, *primary["incomplete"])
+    ]
+    if not rivals:
+        reason = "every other loss diverged in some runs"
+    elif set(rivals) <= set(primary["worse"]):
+        others = "every other loss has" if len(rivals) > 1 else f"{_named(results, rivals)} has"
+        reason = f"{others} a significantly worse {_metric_name(results)}"
     else:
+        least = smallest_difference(results)
         reason = (
-            f"no loss improves the {_metric_name(results)} by a difference that is both certain "
-            f"and at least {_amount(metric, primary['threshold'])}"
+            f"no loss improves the {_metric_name(results)} significantly and by at least {least}"
         )
         best = primary["best"]
-        if best not in (None, REFERENCE):
-            reason += f" ({_improvement(results, best)} with {_named(results, [best])})"
+        if best != REFERENCE:
+            reason += f" ({_named(results, [best])}: {_improvement(results, best)})"
     return f"{start}{reason}. {_how_to_stop(results, REFERENCE)}"
 
 
 def _how_to_stop(results: dict[str, Any], spec: str) -> str:
-    """At which epoch, and with what gain over training to the end."""
+    """Until which epoch to train."""
     selection = results["primary"]["selection"]
     total = results["config"]["epochs"]
+    until = f"Train for {total} epoch{'s' * (total != 1)}"
     if selection == LAST:
-        return f"Train for {total} epochs."
-    loss = _loss(results, spec)
-    epochs = [epoch for epoch in loss["epochs"][selection] if epoch is not None]
-    about = round(mean(epochs))
+        return f"{until}."
+    epochs = [epoch for epoch in _loss(results, spec)["epochs"][selection] if epoch is not None]
+    about = round(median(epochs))
     if about >= LATE * total:
-        return f"Train for {total} epochs or longer: the best epoch is at the end of training."
+        return f"{until} or more: the best epoch is at the end of training."
     how = {
-        "refined": "the lowest validation NLL after temperature scaling, and scale the temperature",
-        "nll": "the lowest validation NLL",
-        "accuracy": "the highest validation accuracy",
+        "refined": "with the lowest validation NLL after temperature scaling",
+        "nll": "with the lowest validation NLL",
+        "accuracy": "with the highest validation accuracy",
     }[selection]
-    return f"Stop early, at {how} (here about epoch {about} of {total})."
+    then = ", and apply temperature scaling" if selection == "refined" else ""
+    return f"Use the epoch {how} (here about {about} of {total}){then}."
 
 
 def _improvement(results: dict[str, Any], spec: str) -> str:
     """The value of a loss beside that of the reference, with the interval of the difference."""
-    column = primary_column(results)
-    metric = METRICS[results["primary"]["metric"]]
+    column, name = primary_column(results), results["primary"]["metric"]
     ours, reference = column[spec], column[REFERENCE]
-    unit = " %" if metric.percent else ""
     text = (
-        f"{_metric_name(results)} {metric.format(ours['mean'])}{unit} instead of "
-        f"{metric.format(reference['mean'])}{unit}"
+        f"{_metric_name(results)} {with_unit(name, ours['mean'])} instead of "
+        f"{with_unit(name, reference['mean'])}"
     )
     difference = ours["difference"]
     if difference is None or difference["low"] is None:
         return text
-    interval = f"[{_signed(metric, difference['low'])}, {_signed(metric, difference['high'])}]"
+    metric = METRICS[name]
+    mean, low, high = (signed(metric, difference[end]) for end in ("mean", "low", "high"))
     points = " points" if metric.percent else ""
-    text += f" (difference {_signed(metric, difference['mean'])}{points}, 95 % interval {interval}"
+    text += f" (difference {mean}{points}, 95 % interval [{low}, {high}]"
     if difference["p"] is not None:
         p = difference["p"]
         text += f", adjusted p {'< 0.001' if p < 0.001 else f'= {p:.2g}'}"
     return f"{text})"
-
-
-def _sentence_of_best(results: dict[str, Any], best: str | None) -> str:
-    if best is None:
-        return "Every run diverged."
-    metric = METRICS[results["primary"]["metric"]]
-    value = metric.format(primary_column(results)[best]["mean"])
-    unit = " %" if metric.percent else ""
-    return f"So far {_named(results, [best])} has the best {_metric_name(results)} ({value}{unit})."
 
 
 def _with_settings(results: dict[str, Any], spec: str) -> str:
@@ -177,8 +198,10 @@ def _with_settings(results: dict[str, Any], spec: str) -> str:
 
 
 def settings(loss: dict[str, Any]) -> str:
-    """Hyperparameter and learning rate of a loss, as in "α = 0.1, lr = 0.001"."""
-    values = [(loss["symbol"], loss["value"]), ("lr", loss["lr"])]
+    """Hyperparameter, unless its label has it, and learning rate, as in "α = 0.1, lr = 0.001"."""
+    values = [("lr", loss["lr"])]
+    if "=" not in loss["spec"]:
+        values.insert(0, (loss["symbol"], loss["value"]))
     return ", ".join(f"{name} = {value:.3g}" for name, value in values if value is not None)
 
 
@@ -187,19 +210,16 @@ def warnings(results: dict[str, Any]) -> list[str]:
     found = []
     done, planned = len(results["runs"]), results["planned_runs"]
     if done < planned:
-        found.append(f"Unfinished: {done} of {planned} runs. The recommendation may change.")
-    found += [
-        f"{loss['label']}: {loss['diverged']} of {loss['runs']} runs diverged. Lower its learning "
-        "rate; until then it is not ranked."
-        for loss in results["losses"]
-        if loss["diverged"]
-    ]
+        found.append(
+            f"Unfinished: {done} of {planned} runs have finished. The recommendation may change."
+        )
+    found += _diverged(results)
     found += _late(results)
     rows = results["runs"][0]["rows"]
     if rows["validation"] < MIN_VALIDATION_ROWS:
         found.append(
-            f"Only {rows['validation']} validation rows: with fewer than {MIN_VALIDATION_ROWS}, "
-            "selected epochs and temperatures are uncertain."
+            f"Only {rows['validation']} validation rows. With fewer than {MIN_VALIDATION_ROWS}, "
+            "the selected epochs and temperatures are unreliable."
         )
     found += _unreasonable_temperatures(results)
     found += _extreme_rows(results)
@@ -207,8 +227,21 @@ def warnings(results: dict[str, Any]) -> list[str]:
     mixed = [name for name, values in versions(results).items() if len(values) > 1]
     if mixed:
         found.append(
-            f"Runs were made in different environments ({', '.join(mixed)}; see Versions)."
+            "Runs were made in different environments; they differ in "
+            f"{_listed(mixed)} (see Versions in the report)."
         )
+    return found
+
+
+def _diverged(results: dict[str, Any]) -> list[str]:
+    found = []
+    for loss in results["losses"]:
+        if loss["diverged"]:
+            unranked = loss["spec"] in results["primary"]["incomplete"]
+            found.append(
+                f"{loss['label']}: {loss['diverged']} of {loss['runs']} runs diverged"
+                f"{', so it is not ranked' * unranked}. Lower its learning rate."
+            )
     return found
 
 
@@ -224,8 +257,8 @@ def _late(results: dict[str, Any]) -> list[str]:
     if not late:
         return []
     return [
-        f"The best epoch of {_listed(late)} is at the end of training in most runs. Train longer "
-        "(--epochs) before comparing."
+        f"{_listed(late)}: in most runs the best epoch is at the end of training. Train longer "
+        "(--epochs) before you compare."
     ]
 
 
@@ -237,9 +270,9 @@ def _unreasonable_temperatures(results: dict[str, Any]) -> list[str]:
         if outside:
             worst = max(outside, key=lambda t: max(t, 1 / t))
             found.append(
-                f"{loss['label']}: the fitted temperature is as extreme as {worst:.3g} "
-                f"({len(outside)} of {len(values)} runs outside {TEMPERATURES[0]:g} to "
-                f"{TEMPERATURES[1]:g}). Its probabilities before scaling mean little."
+                f"{loss['label']}: in {len(outside)} of {len(values)} runs the fitted temperature "
+                f"is outside {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g} (the most extreme is "
+                f"{worst:.3g}). Without temperature scaling its probabilities are far off."
             )
     return found
 
@@ -261,10 +294,10 @@ def _extreme_rows(results: dict[str, Any]) -> list[str]:
             worst = max(decided, key=lambda each: float(each["share"]))
             rows = worst["rows"]
             found.append(
-                f"{loss['label']}: in {len(decided)} of {len(extreme)} runs 1 % of the test rows "
-                f"make most of its NLL (in one, {rows} row{'s' * (rows != 1)} "
-                f"{worst['share']:.0%}; the largest NLL of a row is {worst['largest']:.0f}). Look "
-                "for outliers among the inputs."
+                f"{loss['label']}: in {len(decided)} of {len(extreme)} runs a few test rows make "
+                f"up most of the NLL (in one run {rows} row{'s' * (rows != 1)} "
+                f"{100 * worst['share']:.0f} % of it; the largest NLL of a row is "
+                f"{worst['largest']:.0f}). Look for outliers in the features of these rows."
             )
     return found
 
@@ -277,8 +310,8 @@ def _near_majority(results: dict[str, Any]) -> list[str]:
     if not known or max(known) - majority > NEAR_MAJORITY:
         return []
     return [
-        f"No loss is much more accurate than the majority class ({100 * max(known):.1f} % and "
-        f"{100 * majority:.1f} %). Look at balanced accuracy and macro-F1."
+        f"The best accuracy ({100 * max(known):.1f} %) is hardly above that of always predicting "
+        f"the majority class ({100 * majority:.1f} %). Look at balanced accuracy and macro-F1."
     ]
 
 
@@ -303,18 +336,31 @@ def primary_column(results: dict[str, Any]) -> dict[str, Any]:
 
 def _metric_name(results: dict[str, Any]) -> str:
     primary = results["primary"]
-    label = METRICS[primary["metric"]].label
-    name = label if label[:2].isupper() else label[0].lower() + label[1:]
-    scaled = primary["scaling"] == "scaled" and primary["metric"] != "accuracy"
+    metric = METRICS[primary["metric"]]
+    name = {"brier": "Brier score"}.get(primary["metric"], _in_sentence(metric.label))
+    # Temperature scaling changes no prediction, so no metric in percent.
+    scaled = primary["scaling"] == "scaled" and not metric.percent
     return f"test {name}" + (" after temperature scaling" if scaled else "")
 
 
-def _amount(metric: Any, value: float) -> str:
-    return f"{metric.format(value)}{' points' if metric.percent else ''}"
+def with_unit(name: str, value: float) -> str:
+    """A value of a metric, with its unit."""
+    return f"{METRICS[name].format(value)}{' %' if METRICS[name].percent else ''}"
 
 
-def _signed(metric: Any, value: float) -> str:
-    return f"{'−' if value < 0 else '+'}{metric.format(abs(value))}"
+def smallest_difference(results: dict[str, Any]) -> str:
+    """The smallest difference that counts in the metric of the recommendation, with its unit."""
+    primary = results["primary"]
+    metric, least = METRICS[primary["metric"]], primary["threshold"]
+    return f"{100 * least:.2g} points" if metric.percent else f"{least:.2g}"
+
+
+def signed(metric: Metric, value: float) -> str:
+    """A difference with its sign, which a difference printed as zero has not."""
+    text = metric.format(abs(value))
+    if float(text) == 0:
+        return text
+    return f"{'−' if value < 0 else '+'}{text}"
 
 
 def _loss(results: dict[str, Any], spec: str) -> dict[str, Any]:
@@ -323,14 +369,23 @@ def _loss(results: dict[str, Any], spec: str) -> dict[str, Any]:
 
 
 def _label(loss: dict[str, Any]) -> str:
-    """The name of a loss in a sentence: names of the field stay, words are in lower case."""
-    label: str = loss["label"]
-    return label if label[1:2].isupper() or label[0].islower() else label[0].lower() + label[1:]
+    return _in_sentence(loss["label"])
 
 
-def _named(results: dict[str, Any], specs: Sequence[str]) -> str:
-    return _listed([_label(_loss(results, spec)) for spec in specs])
+def _in_sentence(name: str) -> str:
+    """A name as it is within a sentence: abbreviations stay, words begin in lower case."""
+    first = re.split("[ -]", name, maxsplit=1)[0]
+    return name if first[1:] != first[1:].lower() else name[0].lower() + name[1:]
 
 
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+def _capital(text: str) -> str:
+    """At the start of a sentence; names that begin in lower case (log-PENEX) are kept."""
+    return text if text.startswith(("log-", "z-")) else text[0].upper() + text[1:]
+
+
+def _named(results: dict[str, Any], specs: Sequence[str], word: str = "and") -> str:
+    return _listed([_label(_loss(results, spec)) for spec in specs], word)
+
+
+def _listed(names: Sequence[str], word: str = "and") -> str:
+    return f" {word} ".join(filter(None, (", ".join(names[:-1]), names[-1])))
