@@ -22,6 +22,7 @@ from penex.compare.networks import Normalise, Vocabulary
 from penex.compare.preparation import Arrays, Columns
 from penex.compare.registry import contender
 from penex.compare.rows import Rows, as_features
+from penex.compare.userobjects import NAME, registered
 
 if TYPE_CHECKING:
     from penex.compare.splits import Inputs
@@ -51,6 +52,11 @@ class Classifier:
     def __init__(self, model: Model, weights: Path) -> None:
         self.description, self._weights = model, weights
         who = contender(model.loss)
+        if NAME.fullmatch(model.network) and registered(model.network) is None:
+            raise CompareError(
+                f"model: {model.network} is a network of somebody's own, whose code has not been "
+                "run here; give it again, or trust this folder (--trust)"
+            )
         knob = math.nan if model.knob is None else model.knob
         self._link = who.loss.link(knob, len(model.classes))
         self._constrain = who.loss.constrain or (lambda logits: logits)

@@ -1,5 +1,6 @@
 """What a comparison is made of: validated once, written down, and the same on every restart."""
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import (
 
 from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.registry import DEFAULT_LOSSES, contender
+from penex.compare.userobjects import NAME, admit, registered
 from penex.metrics import METRICS
 
 Positive = Annotated[int, Field(gt=0)]
@@ -274,10 +276,10 @@ class Config(BaseModel):
     def _known_losses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("expected at least one loss")
-        labels = [contender(spec).label for spec in value]
-        if len(set(labels)) < len(labels):
+        losses = [contender(spec) for spec in value]
+        if len({each.label for each in losses}) < len(losses):
             raise ValueError(f"a loss is named twice in {', '.join(value)}")
-        return value
+        return tuple(each.spec for each in losses)
 
     @field_validator("metric")
     @classmethod
@@ -412,6 +414,7 @@ def configure(path: Path | None = None, **options: Any) -> Config:
     if "data" not in values:
         # The demonstration: little data is where losses differ.
         values = {"train_size": 300} | values
+    admit_losses(values.get("losses"))  # named by the user, not by a received folder
     try:
         return Config(**values)
     except ValidationError as error:
@@ -425,6 +428,22 @@ def configure(path: Path | None = None, **options: Any) -> Config:
         elif not message.startswith(name):
             message = f"{message}, got {first['input']!r}"
         raise CompareError(message if message.startswith(name) else f"{name}: {message}") from None
+
+
+def admit_losses(losses: Any) -> None:
+    """Import the losses of the user's own among some names, and check them.
+
+    Raises:
+        CompareError: One cannot be imported, or trained with.
+    """
+    for spec in losses if isinstance(losses, list | tuple) else ():
+        name = re.split(r"[=(]", str(spec))[0].strip()
+        if NAME.fullmatch(name) or registered(name) is not None:
+            from penex.compare.userlosses import check  # torch
+
+            if registered(name) is None:
+                admit(name, "losses")
+            check(contender(str(spec)).loss)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from penex._extras import need
 from penex.compare.dataset import Dataset, Features, Texts
 from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.images import Images
-from penex.compare.userobjects import NAME, find
+from penex.compare.userobjects import NAME, find, register
 
 if TYPE_CHECKING:
     from torch import nn
@@ -258,8 +258,9 @@ def _checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _function(name: str) -> Any:
-    """The user's function."""
+    """The user's function; the name is known from now on."""
     found = find(name, "model")
+    register(found, name)
     if not callable(found):
         raise CompareError(f"model: {name} is {type(found).__name__}, expected a function")
     return found

@@ -17,32 +17,33 @@ import pandas as pd
 from rich.console import Console
 
 from penex.compare import plots, report, tables, verdict
-from penex.compare.bundle import DESCRIPTION
-from penex.compare.config import Config, Execution, Task, configure
+from penex.compare.bundle import DESCRIPTION, read_model
+from penex.compare.config import Config, Execution, Task, admit_losses, configure
 from penex.compare.data import checked
 from penex.compare.data import load as read
 from penex.compare.dataset import ClassType, Content, Dataset, encode_labels
 from penex.compare.display import Display
 from penex.compare.errors import CompareError
 from penex.compare.images import Images
-from penex.compare.registry import DEFAULT_LOSSES
+from penex.compare.registry import DEFAULT_LOSSES, LOSSES, Loss
 from penex.compare.rows import channels_first
 from penex.compare.runner import compare
 from penex.compare.sources.table import texts, typed
 from penex.compare.store import (
     checkpoint_file,
+    comparison_file,
     read_comparison,
+    read_json,
     run_folder,
     write_text,
 )
-from penex.compare.userobjects import register
+from penex.compare.userobjects import NAME, admit, register
 from penex.metrics import METRICS
 
 if TYPE_CHECKING:
     from torch import nn
 
     from penex.compare.classifier import Classifier
-    from penex.compare.registry import Loss
 
 WIDTH = 100
 """Of a result as text, in columns."""
@@ -140,11 +141,17 @@ def load(folder: str | Path, *, objects: Iterable[Any] = (), trust: bool = False
     Raises:
         CompareError: The folder holds neither.
     """
-    del trust
     for each in objects:
-        register(each)
+        _spec(each)
     folder = Path(folder)
-    if not (folder / DESCRIPTION).is_file():
+    if (folder / DESCRIPTION).is_file():
+        model = read_model(folder)
+        if trust:
+            _trust([model.loss], model.network)
+    else:
+        if trust:
+            config = read_json(comparison_file(folder)).get("config", {})
+            _trust(config.get("losses", ()), config.get("model"))
         read_comparison(folder)
     return Result(folder)
 
@@ -365,7 +372,22 @@ class Result:
 
 
 def _spec(loss: Any) -> str:
-    return loss if isinstance(loss, str) else register(loss)
+    if isinstance(loss, str):
+        return loss
+    if isinstance(loss, Loss):
+        if loss.name in LOSSES:
+            raise CompareError(
+                f"losses: {loss.name} is a loss of this package; choose another name"
+            )
+        return register(loss, loss.name)
+    return register(loss)
+
+
+def _trust(names: Iterable[str], network: str | None) -> None:
+    """Import what a folder names."""
+    admit_losses(list(names))
+    if network is not None and NAME.fullmatch(network):
+        admit(network, "model")
 
 
 def in_memory(X: Any, y: Any, config: Config) -> Dataset:  # noqa: N803

@@ -329,7 +329,7 @@ class _Learner:
         losses = [c(head, target) for c, head in zip(self.criteria, heads, strict=True)]
         if self.config.gradient_scale == "common":
             k = self.context.num_classes
-            scales = [self.loss.gradient_scale(c, k) for c in self.criteria]
+            scales = [self.loss.scale(c, k) for c in self.criteria]
             losses = [loss / scale for loss, scale in zip(losses, scales, strict=True)]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 

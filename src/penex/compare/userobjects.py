@@ -18,12 +18,16 @@ NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 _given: dict[str, Any] = {}
 
 
-def register(thing: Any) -> str:
+def register(thing: Any, name: str | None = None) -> str:
     """The name of an object, under which it is found from now on, in place of an earlier one.
 
     Args:
         thing: A function, a class, or an instance, which goes by the name of its class.
+        name: Another.
     """
+    if name is not None:
+        _given[name] = thing
+        return name
     owner = thing if hasattr(thing, "__qualname__") else type(thing)
     attribute = owner.__qualname__.rpartition(".")[2].strip("<>")  # a lambda is no attribute
     name = f"{owner.__module__}:{attribute}"
@@ -59,6 +63,11 @@ def find(name: str, setting: str) -> Any:
         raise CompareError(f"{setting}: cannot import {module} for {name}: {error}") from error
     except AttributeError:
         raise CompareError(f"{setting}: {module} has no {attribute}, asked for by {name}") from None
+
+
+def admit(name: str, setting: str) -> None:
+    """Let a name be found by :func:`registered`; see :func:`find`."""
+    _given[name] = find(name, setting)
 
 
 def carrying(work: Callable[..., Any]) -> Callable[..., Any]:
