@@ -59,9 +59,11 @@ def searched(history: list[dict[str, float]]) -> dict[str, int]:
         "accuracy": lambda s: (-s["accuracy"], s["nll"]),
     }
     finite = [n for n, scores in enumerate(history, 1) if not any(map(math.isnan, scores.values()))]
-    return {
-        name: min(finite, key=lambda n: (key(history[n - 1]), n)) for name, key in keys.items()
-    } if finite else {}
+    return (
+        {name: min(finite, key=lambda n: (key(history[n - 1]), n)) for name, key in keys.items()}
+        if finite
+        else {}
+    )
 
 
 @given(history=epochs, cut=st.integers(0, 12))

@@ -348,7 +348,7 @@ def exact(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-_SPEC = re.compile(r"\s*([\w.:-]+)\s*(?:=\s*([^()\s]+)|\(([^()/]*)\))?\s*")
+_SPEC = re.compile(r"\s*([\w.:-]+)\s*(?:=\s*([^()\s]*)|\(([^()/]*)\))?\s*")
 
 
 def contender(spec: str) -> Contender:

@@ -25,7 +25,7 @@ from penex.compare.dataset import ClassType, Content, Dataset, encode_labels
 from penex.compare.display import Display
 from penex.compare.errors import CompareError
 from penex.compare.images import Images
-from penex.compare.registry import DEFAULT_LOSSES, LOSSES, Loss
+from penex.compare.registry import LOSSES, Loss
 from penex.compare.rows import channels_first
 from penex.compare.runner import compare
 from penex.compare.sources.table import texts, typed
@@ -55,7 +55,7 @@ def compare_losses(
     X: Any,  # noqa: N803
     y: Any = None,
     *,
-    losses: "Sequence[str | Loss | Callable[..., Any]]" = DEFAULT_LOSSES,
+    losses: "Sequence[str | Loss | Callable[..., Any]] | None" = None,
     seeds: int = 5,
     tune: int = 0,
     model: "str | Callable[..., nn.Module] | None" = None,
@@ -73,7 +73,8 @@ def compare_losses(
             command line has it, without `y`.
         y: The N classes; or the column of X that holds them.
         losses: Names of losses, such as "penex" or "penex=0.3"; and losses of your own: a
-            criterion's class or function, or a :class:`~penex.compare.registry.Loss`.
+            criterion's class or function, or a :class:`~penex.compare.registry.Loss`. None: five
+            common ones.
         seeds: Runs of each loss.
         tune: Trials, for each loss, to tune its learning rate and hyperparameter; 0: no tuning.
         model: The name of a network, as the command line has it; or a function of the shape of a
@@ -102,7 +103,7 @@ def compare_losses(
     """
     network = model if model is None or isinstance(model, str) else register(model)
     given: dict[str, Any] = {
-        "losses": tuple(_spec(loss) for loss in losses),
+        "losses": None if losses is None else tuple(_spec(loss) for loss in losses),
         "seeds": seeds,
         "tune": tune,
         "model": network,

@@ -196,7 +196,8 @@ def measured_scale(criterion: nn.Module, num_classes: int) -> float:
         if not 0 < scale < float("inf"):
             raise CompareError(
                 f"losses: the gradient of {type(criterion).__name__} at logits 0 is {scale:g} "
-                "times that of cross-entropy, expected a positive multiple; set gradient_scale"
+                "times that of cross-entropy; expected a positive multiple, so that training makes "
+                "the label more probable"
             )
         _scales[criterion] = scale
     return _scales[criterion]
