@@ -9,7 +9,7 @@ LOCK := pyproject.toml constraints.txt
 .PHONY: demo test lint docs results log-results pictures bench gpu api dist lock clean
 
 demo: .venv/.demo  ## Compare five losses on digits (about a minute)
-	$(BIN)/penex compare --out penex-results
+	$(BIN)/penex compare
 
 test: .venv/.dev  ## The whole test suite, the code blocks of README and docs included
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -98,5 +98,5 @@ clean:  ## Remove the environment and what was built
 	@touch $@
 
 .venv/.dev: $(LOCK) | .venv/bin/python
-	$(PIP) install --constraint constraints.txt --editable '.[compare,data,attacks,transformers,ray,onnx,docs,dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[compare,excel,data,attacks,transformers,ray,onnx,docs,dev]'
 	@touch $@ .venv/.demo

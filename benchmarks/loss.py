@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.harness import Results, Skipped, Strict, Timing
 from penex import PENEX, LogPENEX
-from penex._robust import LOG2E, pieces
+from penex._passes import LOG2E, pieces
 from penex.losses import ConfidencePenaltyLoss, FocalLoss
 
 SHAPES = [(64, 10), (128, 100), (1024, 1000), (4096, 1000), (1024, 32000), (4, 21, 128, 128)]

@@ -127,9 +127,7 @@ def _write_run(
             arrays[f"{part}_{epoch}"] = np.asarray(values, np.float32) / np.float32(scale)
         log_proba = log_softmax(np.asarray(both[0], np.float64), axis=1)
         scores[epoch] = dict(validation_scores(log_proba / scale, log_proba, targets[0]))
-    np.savez(
-        where / "logits.npz", validation_target=targets[0], test_target=targets[1], **arrays
-    )
+    np.savez(where / "logits.npz", validation_target=targets[0], test_target=targets[1], **arrays)
     finite = {epoch: all(map(np.isfinite, found.values())) for epoch, found in scores.items()}
     record = {
         "loss": spec,
@@ -154,7 +152,9 @@ def _write_run(
     write_json(where / "run.json", record)
     columns = ("train_nll", "train_accuracy", "validation_nll", "validation_refined_nll")
     columns += ("validation_softmax_nll", "validation_accuracy", "gradient_norm", "seconds")
-    lines = [",".join(("epoch", *columns))]
-    for epoch in range(1, config["epochs"] + 1):
-        lines.append(",".join([str(epoch), *[f"{1 / epoch:.6g}"] * len(columns)]))
+    lines = [
+        ",".join([str(epoch), *[f"{1 / epoch:.6g}"] * len(columns)])
+        for epoch in range(1, config["epochs"] + 1)
+    ]
+    lines.insert(0, ",".join(("epoch", *columns)))
     (where / "curve.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")

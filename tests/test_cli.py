@@ -14,21 +14,26 @@ import pandas as pd
 import pytest
 from sklearn.datasets import load_iris
 from typer.testing import CliRunner, Result
+from waiting import GUARD
 
 from penex import cli
 from penex.compare.config import Config, Execution
 from penex.compare.registry import DEFAULT_LOSSES
-from penex.compare.store import read_comparison, read_json
-from penex.compare.tables import LEGEND
+from penex.compare.store import read_comparison, read_json, run_folder
+from penex.compare.tables import legend
+from penex.compare.verdict import recommendation, warnings
 
 OPTIONS = (
     *("--data", "--target", "--losses", "--seeds", "--train-size", "--label-noise", "--epochs"),
     *("--lr", "--batch-size", "--tune", "--jobs", "--out", "--config", "--text", "--classes"),
     *("--data-dir", "--parts", "--validation-size", "--test-size", "--image-size", "--augment"),
     *("--noise-parts", "--noise-classes", "--test-split"),
+    *("--drop", "--keep", "--group", "--time", "--min-class-rows"),
+    *("--validation-file", "--test-file"),
     *("--model", "--hidden", "--optimizer", "--weight-decay", "--schedule"),
     *("--warmup-epochs", "--gradient-clip", "--accumulate", "--precision", "--compile"),
-    *("--tune-lr", "--tune-at", "--tune-jobs", "--storage", "--backend", "--address", "--devices"),
+    *("--gradient-scale", "--select", "--metric", "--min-difference"),
+    *("--tune-lr", "--tune-jobs", "--storage", "--backend", "--address", "--devices"),
     *("--nodes", "--strategy", "--workers", "--logger"),
 )
 SMALL = ("--losses=cross-entropy,penex", "--seeds=2", "--epochs=3", "--jobs=1")
@@ -46,7 +51,7 @@ def process(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=60,
+        timeout=GUARD,
     )
 
 
@@ -118,9 +123,15 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
     options = (
         *("--hidden= 8,4", "--optimizer=sgd", "--weight-decay=0.01", "--schedule=cosine"),
         *("--warmup-epochs=1", "--gradient-clip=0.5", "--accumulate=2", "--precision=bf16-mixed"),
-        *("--no-tune-lr", "--tune-at=last", "--validation-size=0.3"),
+        *(
+            "--no-tune-lr",
+            "--select=last",
+            "--gradient-scale=own",
+            "--metric=brier",
+            "--validation-size=0.3",
+        ),
         *("--test-size=0.2", "--classes=setosa, virginica", "--no-compile"),
-        "--test-split=once",
+        *("--test-split=once", "--min-difference=0.01"),
         *("--noise-classes=uniform", "--noise-parts=training+validation"),
     )
     arguments = ("compare", "iris", *options, "--losses=penex", "--seeds=1", "--epochs=2")
@@ -148,7 +159,10 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
         gradient_clip=0.5,
         precision="bf16-mixed",
         tune_lr=False,
-        tune_at="last",
+        select="last",
+        gradient_scale="own",
+        metric="brier",
+        min_difference=0.01,
     )
 
 
@@ -169,15 +183,18 @@ def test_output_without_a_terminal(out: tuple[Path, Result]) -> None:
         [("Cross-entropy", 0), ("PENEX", 0), ("Cross-entropy", 1), ("PENEX", 1)],
         strict=True,
     ):
-        nll = read_json(
-            folder / "runs" / ("penex" if label == "PENEX" else "cross-entropy")
-            / f"seed-{seed}" / "run.json"
-        )["validation_nll"]  # fmt: skip
-        assert line.startswith(f"{label}, seed {seed}: validation NLL {nll:.4f} at epoch ")
+        run = read_json(run_folder(folder, label.lower(), seed) / "run.json")
+        nll, epoch = run["validation"]["refined"]["refined_nll"], run["epochs"]["refined"]
+        assert line == (
+            f"{label}, seed {seed}: validation NLL {nll:.4f} after temperature scaling "
+            f"at epoch {epoch}"
+        )
     assert lines[-1] == f"Report: {folder / 'report.html'}"
-    rest = "\n".join(lines[6:])
-    assert rest.count("Best validation epoch") == rest.count("Last epoch") == 1
-    assert " ".join(LEGEND.split()) in " ".join(rest.split())
+    rest = " ".join(" ".join(lines[6:]).split())
+    results = read_json(folder / "results.json")
+    assert rest.startswith(recommendation(results))
+    assert all(f"Warning: {warning}" in rest for warning in warnings(results))
+    assert legend(results) in rest
     # Neither colours, nor a bar that moves, nor text cut off.
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f…]", result.stdout)
     assert result.stderr == ""
@@ -192,6 +209,7 @@ def test_what_it_leaves(out: tuple[Path, Result]) -> None:
         "results.json",
         "runs",
         "table.tex",
+        "timing.json",
     }
     assert len(read_json(folder / "results.json")["runs"]) == 4
 
@@ -248,6 +266,32 @@ def test_a_table_from_start_to_end(tmp_path: Path) -> None:
     assert [loss["spec"] for loss in results["losses"]] == ["penex=0.3", "cross-entropy"]
     assert results["runs"][0]["rows"] == {"train": 60, "validation": 15, "test": 38}
     assert "25% label noise in training" in " ".join(result.stdout.split())
+
+
+def test_what_is_said_of_a_table_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    i = np.arange(120)
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"id": i + 100, "x": rng.normal(size=120), "fur": "black"})
+    frame["animal"] = i // 4
+    frame["result"] = np.array(["home", "stays"])[i % 2]
+    frame.loc[2:3, "result"] = None
+    frame.to_csv("cats.csv.gz", index=False, sep=";")
+    options = ("--target=result", "--drop= fur", "--group=animal", "--seeds=1", "--epochs=2")
+    result = penex("compare", "cats.csv.gz", *options, "--losses=penex", "--jobs=1")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    start = next(n for n, line in enumerate(lines) if "2 of 120 rows" in line)
+    assert lines[start + 1 : start + 5] == [
+        "Used as numbers: 'id', 'x'",
+        "No feature (group): 'animal'",
+        "No feature (drop): 'fur'",
+        "Warning: possible identifiers, with a different value in every row: 'id'. To leave them "
+        "out: --drop 'id'",
+    ]
+    assert (tmp_path / "penex-results" / "cats" / "report.html").exists()
 
 
 def test_tuning_is_reported(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from penex import functional, inference, losses, metrics
     from penex.compare.result import compare_losses, load
     from penex.functional import penex_loss
-    from penex.linear import LinearPENEX
+    from penex.linear import LinearLoss, LinearPENEX
     from penex.losses import PENEX, LogPENEX
 
 __version__ = "0.1.0"
 __all__ = [
     "PENEX",
+    "LinearLoss",
     "LinearPENEX",
     "LogPENEX",
     "__version__",
@@ -31,6 +32,7 @@ __all__ = [
 
 _MODULES = ("functional", "inference", "losses", "metrics")
 _HOME = {
+    "LinearLoss": "penex.linear",
     "LinearPENEX": "penex.linear",
     "LogPENEX": "penex.losses",
     "PENEX": "penex.losses",

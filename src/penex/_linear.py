@@ -1,29 +1,121 @@
-r"""PENEX of a linear layer's output, without the logits, for very many classes: the functions.
+r"""The losses of a linear layer's output, without holding the logits: for very many classes.
 
-:mod:`penex._tiles` has the mathematics. Here is the boundary, and the estimate from few classes.
+Rows come in blocks, with all their classes. With :math:`c_i = \partial L / \partial s_i` the
+gradients of a block of probabilities p are :math:`c\,(p W)` and :math:`p^\top (c\,h)`, and what the
+labels contribute is one number for each row. A loss that sums rows knows c at once. PENEX and
+log-PENEX know it up to one factor of the batch, which scales the sums afterwards:
+:math:`c_i \propto \omega_i e^{\beta s_i}` is taken relative to the largest exponent so far. So
+there are three products, one for the logits and two for the gradients, whatever the loss.
+
+A process may hold the share of the classes that is its own: two numbers for each row make of the
+shares' t and s those of all classes.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import Function
 
+from penex import _row_losses as row_losses
 from penex._inputs import (
     INDEX_DTYPES,
-    Batch,
-    check_options,
+    Reduction,
+    can_inspect,
+    check_device,
+    check_reduction,
+    check_weight,
     choice,
+    computed_in,
     count,
+    integer,
     positive,
     refuse_labels,
 )
-from penex._penalty import PENALTY_MAX, PENALTY_MIN, Estimated, Given, Penalty
-from penex._robust import computed_in
-from penex._tiles import MANY_ROWS, ROWS, Head, Rule, Shard, exact, looks, no_autocast
+from penex._log_mean import row_dtype
+from penex._matmul import add_product, linear
+from penex._passes import LOG2E
+from penex._penalty import PENALTY_MAX, PENALTY_MIN, Bounds, EstimatedPenalty, GivenPenalty
+from penex._row_losses import Penex, RowLoss, Rows, Rule
+from penex._rows import log_partition
 
-__all__ = ["linear_penex_loss", "sampled_linear_penex_loss"]
+__all__ = ["linear_loss", "linear_penex_loss", "sampled_linear_penex_loss"]
+
+BLOCK, LARGE_BLOCK = 1 << 25, 1 << 28
+"""Bytes of logits held at a time, on the CPU and on other devices."""
+LEAST_ROWS = 256
+"""A block has so many rows at least: products of fewer are slow."""
+LARGEST = 1e300
+"""Stands for an infinite exponent."""
+GROWTH = 20.0
+"""So far exponents may rise above the first ones before what was summed is scaled down."""
+
+
+def linear_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    criterion: nn.Module | Rule,
+    chunk_size: int | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    num_classes: int | None = None,
+) -> Tensor:
+    r"""A loss of the logits :math:`f = h W^\top + b`, which are never held all at a time.
+
+    Equal to ``criterion(F.linear(input, weight, bias), target)`` up to rounding, with gradients for
+    `input`, `weight` and `bias`, as far as they require one. They can be differentiated once.
+
+    Beyond the gradients it takes the memory of a block of logits, which on the CPU is the larger of
+    32 MiB and 256 rows (so it grows with K from 32768 classes on), on other devices of 256 MiB.
+
+    Args:
+        input: :math:`h`, floating point, shape (..., D). Computed in float32, or float64 if that
+            is the input's dtype; products of half precision in that on other devices than the CPU.
+        weight: :math:`W`, shape (K, D), dtype of `input`.
+        target: Class indices, integer, shape (...).
+        bias: :math:`b`, shape (K), dtype of `input`.
+        criterion: A criterion of :mod:`penex.losses` without label smoothing, except
+            :class:`penex.losses.ConfidencePenaltyLoss`, which is no function of two numbers a row.
+            It has the class weights, `ignore_index` and `reduction`; PENEX updates its penalty. Or
+            the `rule` of :func:`row_loss`, for the mean over rows whose label is not -100.
+        chunk_size: Rows of a block. None: as many as the memory above has room for.
+        vocab_group: The process group whose ranks share the classes: of G ranks, rank r holds
+            `weight` and `bias` of the classes from r⌈K/G⌉, ⌈K/G⌉ of them or what is left.
+            `input`, `target` and `criterion` are the same on all ranks, as are the loss and the
+            input's gradient. A step takes one collective of two numbers for each row of a block,
+            and one of the input's gradient.
+        num_classes: K, if `vocab_group` is given.
+
+    Returns:
+        The loss: 0-d, or of shape (...) for ``reduction="none"``, which takes a fourth product.
+
+    Raises:
+        TypeError: A dtype or the type of an option is not what was expected.
+        ValueError: An option is out of its range, or shapes or devices do not match.
+        IndexError: A class index is out of range (on the CPU; a CUDA device asserts by itself).
+
+    Example:
+        >>> from penex.losses import FocalLoss
+        >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> linear_loss(hidden, weight, torch.tensor([0, 1]), criterion=FocalLoss(gamma=1.0))
+        tensor(0.0497)
+    """
+    loss, options = _criterion(criterion)
+    return head_loss(
+        input,
+        weight,
+        target,
+        bias,
+        loss=loss,
+        **options,
+        chunk_size=chunk_size,
+        vocab_group=vocab_group,
+        num_classes=num_classes,
+    )
 
 
 def linear_penex_loss(
@@ -47,58 +139,45 @@ def linear_penex_loss(
     .. math::
         \ell_i = w_{y_i} \bigl( \exp(-\alpha f_{i y_i}) + \rho \sum_j \exp f_{ij} \bigr)
 
-    Equal to ``penex_loss(F.linear(input, weight, bias), target, ...)`` up to rounding, with
-    gradients for `input`, `weight` and `bias`, as far as they require one. They can be
-    differentiated once. See :func:`penex.functional.penex_loss` for what is not described here.
+    Equal to ``penex_loss(F.linear(input, weight, bias), target, ...)`` up to rounding; see
+    :func:`linear_loss`, which it calls, and :func:`penex_loss`.
 
     Args:
-        input: :math:`h`, floating point, shape (..., D). Tiles are computed in float32, or float64
-            if that is the input's dtype.
-        weight: :math:`W`, shape (K, D), dtype of `input`.
-        target: Class indices, integer, shape (...).
-        bias: :math:`b`, shape (K), dtype of `input`.
+        input: As in :func:`linear_loss`, like the arguments not listed here.
+        weight: As in :func:`linear_loss`.
+        target: As in :func:`linear_loss`.
+        bias: As in :func:`linear_loss`.
         sensitivity: :math:`\alpha > 0`.
         penalty: :math:`\rho > 0`, a number or a 0-d tensor. None estimates it from this batch. It
             is never differentiated.
         class_weight: :math:`w`, one for each class, not differentiated.
-        ignore_index: Rows with this class index contribute nothing, and cost nothing on the CPU.
-        reduction: ``"mean"``, ``"sum"``, or ``"none"`` (shape (...), zeros at ignored rows).
+        ignore_index: As in :func:`linear_loss`.
+        reduction: As in :func:`linear_loss`.
         huberization: Threshold beyond which the exponential part continues linearly.
-        chunk_size: Rows whose logits are worked on at a time, by as many classes as make up a tile
-            of 8 MiB (CPU) or 128 MiB. None: 1024, or 8192 on other devices.
-        vocab_group: The process group whose ranks share the classes: of G ranks, rank r holds
-            `weight` and `bias` of the classes from r⌈K/G⌉, ⌈K/G⌉ of them or what is left.
-            `input`, `target` and `class_weight` are the same on all ranks, as are the loss and the
-            input's gradient. A step takes one collective of a number for each row, and one of the
-            input's gradient.
-        num_classes: K, if `vocab_group` is given.
+        chunk_size: As in :func:`linear_loss`.
+        vocab_group: As in :func:`linear_loss`.
+        num_classes: As in :func:`linear_loss`.
 
     Returns:
         The loss: 0-d, or of shape (...) for ``reduction="none"``.
 
     Raises:
-        TypeError: A dtype or the type of an option is not what was expected.
-        ValueError: An option is out of its range, or shapes do not match.
-        IndexError: A class index is out of range (on the CPU; a CUDA device asserts by itself).
+        TypeError, ValueError, IndexError: As :func:`linear_loss` and :func:`penex_loss`.
 
     Example:
         >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]])
         >>> linear_penex_loss(hidden, weight, torch.tensor([0, 1]), sensitivity=0.5, penalty=0.25)
         tensor(2.0006)
     """
-    alpha = positive("sensitivity", sensitivity)
-    rule = Estimated(alpha, PENALTY_MIN, PENALTY_MAX) if penalty is None else Given(penalty)
-    return linear_penalized(
+    return head_loss(
         input,
         weight,
         target,
         bias,
-        alpha=alpha,
-        penalty=rule,
+        loss=_penex(sensitivity, penalty, huberization),
         class_weight=class_weight,
         ignore_index=ignore_index,
         reduction=reduction,
-        huberization=huberization,
         chunk_size=chunk_size,
         vocab_group=vocab_group,
         num_classes=num_classes,
@@ -136,7 +215,7 @@ def sampled_linear_penex_loss(
     amount that vanishes as `num_sampled` grows.
 
     Args:
-        input: As in :func:`linear_penex_loss`, like the arguments not listed here.
+        input: As in :func:`linear_loss`, like the arguments not listed here.
         weight: As in :func:`linear_penex_loss`.
         target: As in :func:`linear_penex_loss`.
         bias: As in :func:`linear_penex_loss`.
@@ -165,55 +244,84 @@ def sampled_linear_penex_loss(
         ... ).round(decimals=2)  # 1 + 1e-3 * 1000
         tensor(2.)
     """
-    alpha = positive("sensitivity", sensitivity)
-    rule = Estimated(alpha, PENALTY_MIN, PENALTY_MAX) if penalty is None else Given(penalty)
-    return sampled_penalized(
+    return sampled_head_loss(
         input,
         weight,
         target,
         bias,
         num_sampled=num_sampled,
         sampler=sampler,
-        alpha=alpha,
-        penalty=rule,
+        loss=_penex(sensitivity, penalty, huberization),
         class_weight=class_weight,
         ignore_index=ignore_index,
         reduction=reduction,
-        huberization=huberization,
         generator=generator,
     )
 
 
-class Rows(NamedTuple):
+def _criterion(criterion: nn.Module | Rule) -> tuple[RowLoss, dict[str, Any]]:
+    """The loss of the rows' numbers and the options that a criterion, or a rule, stands for."""
+    if not isinstance(criterion, nn.Module) and callable(criterion):
+        options = {"class_weight": None, "ignore_index": -100, "reduction": "mean"}
+        return row_losses.RuleLoss(criterion), options
+    check_criterion(criterion)
+    loss: Any = criterion
+    return loss._row_loss(), {
+        "class_weight": loss.weight,
+        "ignore_index": loss.ignore_index,
+        "reduction": loss.reduction,
+    }
+
+
+def check_criterion(criterion: Any) -> None:
+    """Refuse what is no function of two numbers a row."""
+    if not hasattr(criterion, "_row_loss"):
+        raise TypeError(
+            "criterion: expected a criterion of penex.losses that is a function of two numbers a "
+            f"row, or a rule, got {type(criterion).__name__}"
+        )
+    if criterion.label_smoothing:
+        raise ValueError(
+            "criterion: the loss of a linear layer takes no label smoothing, got "
+            f"label_smoothing={criterion.label_smoothing}"
+        )
+
+
+def _penex(sensitivity: float, penalty: float | Tensor | None, huberization: float | None) -> Penex:
+    bounds = Bounds.checked(sensitivity, PENALTY_MIN, PENALTY_MAX)
+    rule = EstimatedPenalty(bounds) if penalty is None else GivenPenalty(penalty)
+    threshold = None if huberization is None else math.log(positive("huberization", huberization))
+    return Penex(bounds.sensitivity, rule, threshold)
+
+
+class _Batch(NamedTuple):
     """The boundary's result: hidden states and labels of rows that count."""
 
     hidden: Tensor
     """(N, D)."""
     labels: Tensor
-    """(N), safe to index with."""
-    mass: Tensor
-    """w_y, (N, 1), in :func:`penex._tiles.exact`; all above zero on the CPU."""
+    """(N), valid to index with."""
+    weights: Tensor
+    """omega, (N, 1), in :func:`row_dtype`; all above zero on the CPU."""
     kept: Tensor | None
     """Their places among all rows; None: these are all rows."""
 
 
-def linear_penalized(
+def head_loss(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
     *,
-    alpha: float,
-    penalty: Penalty,
+    loss: RowLoss,
     class_weight: Tensor | None,
     ignore_index: int,
     reduction: str,
-    huberization: float | None,
     chunk_size: int | None,
     vocab_group: dist.ProcessGroup | None,
     num_classes: int | None,
 ) -> Tensor:
-    """:func:`linear_penex_loss` with any rule for the penalty."""
+    """:func:`linear_loss` of any loss of the rows' numbers."""
     if chunk_size is not None:
         count("chunk_size", chunk_size)
     if vocab_group is not None and num_classes is None:
@@ -229,26 +337,26 @@ def linear_penalized(
             f"weight: expected a row for each of the classes {shard.start} to {shard.stop - 1}"
             f"{whose} got {len(weight)} rows"
         )
-    rule = _rule(alpha, penalty, ignore_index, reduction, huberization)
-    rows = _rows(input, target, class_weight, ignore_index, shard.num_classes)
-    hidden, weight, bias = _as_linear(rows.hidden, weight, bias)
-    step = chunk_size or (ROWS if input.is_cpu else MANY_ROWS)
-    with no_autocast(input):
-        value: Tensor = Head.apply(  # type: ignore[no-untyped-call]
+    reduction = check_reduction(reduction)
+    batch = _batch(input, target, class_weight, ignore_index, shard.num_classes)
+    hidden, weight, bias = _as_linear(batch.hidden, weight, bias)
+    with _no_autocast(input):
+        value: Tensor = _Head.apply(  # type: ignore[no-untyped-call]
             hidden,
             weight,
             bias,
-            rows.labels,
-            rows.mass,
-            rule,
+            batch.labels,
+            batch.weights,
+            loss,
+            reduction,
             shard,
-            step,
+            chunk_size or shard.block_rows(hidden),
             torch.is_grad_enabled(),
         )
-    return _shaped(value, rows, input, reduction)
+    return _shaped(value, batch, input, reduction)
 
 
-def sampled_penalized(
+def sampled_head_loss(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -256,46 +364,42 @@ def sampled_penalized(
     *,
     num_sampled: int,
     sampler: str,
-    alpha: float,
-    penalty: Penalty,
+    loss: RowLoss,
     class_weight: Tensor | None,
     ignore_index: int,
     reduction: str,
-    huberization: float | None,
     generator: torch.Generator | None,
 ) -> Tensor:
     """:func:`sampled_linear_penex_loss` with any rule for the penalty."""
-    from penex import functional  # which has the functions of this module, too
-
     count("num_sampled", num_sampled)
     choice("sampler", sampler, ("uniform", "log-uniform"))
     _check_tensors(input, weight, target, bias)
-    rule = _rule(alpha, penalty, ignore_index, reduction, huberization)
-    rows = _rows(input, target, class_weight, ignore_index, len(weight))
-    hidden, weight, bias = _as_linear(rows.hidden, weight, bias)
+    checked = check_reduction(reduction)
+    batch = _batch(input, target, class_weight, ignore_index, len(weight))
+    hidden, weight, bias = _as_linear(batch.hidden, weight, bias)
+    if len(hidden) == 0:
+        nothing = hidden.sum(1) + 0 * weight.sum()
+        return _shaped(nothing if reduction == "none" else nothing.sum(), batch, input, reduction)
     dtype = computed_in(hidden)
-    with no_autocast(input):
+    with _no_autocast(input):
         drawn, log_probability = draw(num_sampled, len(weight), sampler, weight.device, generator)
         hidden = hidden.to(dtype)
-        used, size = torch.cat([rows.labels, drawn]), len(hidden)
+        used, size = torch.cat([batch.labels, drawn]), len(hidden)
         vectors = weight[used].to(dtype)
         true, others = (hidden * vectors[:size]).sum(1, True), hidden @ vectors[size:].t()
         if bias is not None:
             offsets = bias[used].to(dtype)
             true, others = true + offsets[:size].unsqueeze(1), others + offsets[size:]
         others = others - (log_probability + math.log(num_sampled)).to(dtype)
-        others = others.masked_fill(drawn == rows.labels.unsqueeze(1), -math.inf)
+        others = others.masked_fill(drawn == batch.labels.unsqueeze(1), -math.inf)
         # The label's logit comes first; what follows stands for the other classes.
-        logits, mass = torch.cat([true, others], 1), rows.mass.to(dtype)
-        first = torch.zeros_like(rows.labels).unsqueeze(1)
-        batch = Batch(logits, first, mass, mass.squeeze(1), mass.sum(), target, ignore_index)
-        sums = functional.penalty_sums(batch, alpha, rule.log_threshold)
-        settled = penalty.settle(sums._replace(num_classes=len(weight)), batch.denominator)
-        divisor = settled.divisor() if reduction == "mean" else 1.0
-        value = functional.penex_rows(
-            batch, alpha, settled.log_penalty, rule.log_threshold, divisor
+        largest, log_sum = log_partition(torch.cat([true, others], 1))
+        t = true.to(row_dtype(true))
+        rows = Rows(
+            t, largest + log_sum, t - largest - log_sum, batch.weights, None, checked, len(weight)
         )
-    return _shaped(value if reduction == "none" else value.sum(), rows, input, reduction)
+        value = loss.on_rows(rows).value
+    return _shaped(value, batch, input, reduction)
 
 
 def draw(
@@ -324,6 +428,8 @@ def _check_tensors(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
     for name, value in given.items():
         if not isinstance(value, Tensor) and not (name == "bias" and value is None):
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if value is not None and isinstance(input, Tensor):
+            check_device(name, value, input)
     if not input.is_floating_point():
         raise TypeError(f"input: expected floating-point hidden states, got {input.dtype}")
     if input.ndim == 0:
@@ -352,54 +458,40 @@ def _check_tensors(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
         )
 
 
-def _rule(
-    alpha: float, penalty: Penalty, ignore_index: int, reduction: str, huberization: float | None
-) -> Rule:
-    check_options(ignore_index, reduction, 0.0)
-    log_threshold = (
-        None if huberization is None else math.log(positive("huberization", huberization))
-    )
-    return Rule(alpha, penalty, reduction, log_threshold)
-
-
-def _rows(
+def _batch(
     input: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
     ignore_index: int,
     num_classes: int,
-) -> Rows:
+) -> _Batch:
     """What counts of the rows; the others may hold anything, NaN included."""
+    ignore_index = integer("ignore_index", ignore_index)
     hidden, target = input.reshape(-1, input.shape[-1]), target.reshape(-1).long()
-    dtype = exact(input)
+    dtype = row_dtype(input)
     if class_weight is None:
         weights = torch.ones((), dtype=dtype, device=input.device).expand(num_classes)
     else:
-        if not isinstance(class_weight, Tensor):
-            raise TypeError(f"class_weight: expected a tensor, got {type(class_weight).__name__}")
-        if class_weight.shape != (num_classes,):
-            raise ValueError(
-                f"class_weight: expected one for each class, shape ({num_classes},), got "
-                f"{tuple(class_weight.shape)}"
-            )
+        check_weight("class_weight", class_weight, input, num_classes)
         if class_weight.requires_grad:
             raise ValueError("class_weight: expected a tensor that does not require a gradient")
         weights = class_weight.to(dtype)
     keep = target != ignore_index
     labels = target.where(keep, 0)
     try:
-        mass = weights.index_select(0, labels) * keep
+        row_weights = weights.index_select(0, labels) * keep
     except (IndexError, RuntimeError) as error:
-        logits = torch.empty(len(target), num_classes, device="meta")  # its shape is what is read
-        refuse_labels(target, logits, ignore_index, error)
+        refuse_labels(target, num_classes, ignore_index, error)
         raise
-    counts = mass > 0
-    if not looks(input):
-        return Rows(hidden.masked_fill(~counts.unsqueeze(1), 0), labels, mass.unsqueeze(1), None)
+    counts = row_weights > 0
+    if not can_inspect(input):
+        hidden = hidden.masked_fill(~counts.unsqueeze(1), 0)
+        return _Batch(hidden, labels, row_weights.unsqueeze(1), None)
     if counts.all():
-        return Rows(hidden, labels, mass.unsqueeze(1), None)
+        return _Batch(hidden, labels, row_weights.unsqueeze(1), None)
     kept = counts.nonzero().squeeze(1)
-    return Rows(hidden.index_select(0, kept), labels[kept], mass[kept].unsqueeze(1), kept)
+    hidden = hidden.index_select(0, kept)
+    return _Batch(hidden, labels[kept], row_weights[kept].unsqueeze(1), kept)
 
 
 def _as_linear(
@@ -413,7 +505,7 @@ def _as_linear(
     return hidden, weight, bias
 
 
-def _shaped(value: Tensor, rows: Rows, input: Tensor, reduction: str) -> Tensor:
+def _shaped(value: Tensor, rows: _Batch, input: Tensor, reduction: str) -> Tensor:
     """In the shape and dtype that the loss of the logits would have."""
     if not torch.is_autocast_enabled(input.device.type):
         value = value.to(input.dtype)
@@ -425,3 +517,275 @@ def _shaped(value: Tensor, rows: Rows, input: Tensor, reduction: str) -> Tensor:
         everywhere = value.new_zeros(input.shape[:-1].numel())
         value = everywhere.index_copy(0, rows.kept, value)
     return value.view(input.shape[:-1])
+
+
+# The mathematics.
+
+
+def _no_autocast(input: Tensor) -> torch.autocast:
+    """What is multiplied here has the dtype that it should have."""
+    return torch.autocast(input.device.type, enabled=False)
+
+
+class Shard(NamedTuple):
+    """The classes that this process holds, from `start` up to `stop`."""
+
+    start: int
+    stop: int
+    num_classes: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, num_classes: int, group: dist.ProcessGroup | None) -> "Shard":
+        """The share of this rank, as :func:`torch.chunk` divides; without a group all of them."""
+        if group is None:
+            return cls(0, num_classes, num_classes, None)
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if rank < 0:
+            raise ValueError("vocab_group: this process does not belong to it")
+        each = -(-num_classes // size)
+        if each * (size - 1) >= num_classes:
+            raise ValueError(
+                f"vocab_group: {num_classes} classes in shares of {each} leave nothing for the "
+                f"last of {size} ranks; use a smaller group"
+            )
+        return cls(rank * each, min((rank + 1) * each, num_classes), num_classes, group)
+
+    def block_rows(self, hidden: Tensor) -> int:
+        """Rows of a block: the same on all ranks, as each block takes a collective."""
+        ranks = 1 if self.group is None else dist.get_world_size(self.group)
+        room = BLOCK if hidden.is_cpu else LARGE_BLOCK
+        size = -(-self.num_classes // ranks) * computed_in(hidden).itemsize
+        return max(room // size, LEAST_ROWS)
+
+    def place(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where the labels are in this shard, valid to index with, and which are; None: all."""
+        if self.group is None:
+            return labels, None
+        local = labels - self.start
+        inside = (local >= 0) & (local < self.stop - self.start)
+        return local.where(inside, 0), inside
+
+    def join(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """t and s over all shards, from those of this one; t is 0 where another has the label."""
+        if self.group is None:
+            return t, s
+        both = torch.cat([t, s], 1)
+        shards = [torch.empty_like(both) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(shards, both, group=self.group)
+        stacked = torch.stack(shards)
+        return stacked[..., :1].sum(0), stacked[..., 1:].logsumexp(0)
+
+
+class _Layer:
+    """A linear layer on its input, in blocks of rows."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: Shard, step: int
+    ) -> None:
+        # Half precision is multiplied as it is where the device has units for it.
+        self.dtype = computed_in(hidden)
+        dtype = self.dtype if hidden.is_cpu else hidden.dtype
+        self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.shard = shard
+        self.blocks = [slice(i, i + step) for i in range(0, len(hidden), step)]
+
+    def rows(self, block: slice, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """t and s of a block over all classes; e^f of this shard's, and r with p = r e^f."""
+        logits = linear(self.hidden[block], self.weight, self.bias).to(self.dtype)
+        place, inside = self.shard.place(labels[block])
+        t = logits.gather(1, place.unsqueeze(1))
+        if inside is not None:
+            t = t.where(inside.unsqueeze(1), 0)
+        limits = torch.finfo(self.dtype)
+        largest = logits.amax(1, True).clamp_(limits.min, limits.max)
+        powers = logits.sub_(largest).mul_(LOG2E).exp2_()
+        sums, wide = powers.sum(1, True), row_dtype(logits)
+        own = sums.to(wide).log().add_(largest)
+        t, s = self.shard.join(t.to(wide), own)
+        factor = 1 / sums if self.shard.group is None else (own - s).exp().to(sums.dtype) / sums
+        return t, s, powers, factor
+
+
+class _Gradients:
+    """The sums c (p W), p^T (c h) and p^T c over the blocks; None where none is wanted."""
+
+    def __init__(self, layer: _Layer, wanted: tuple[bool, ...]) -> None:
+        given = layer.hidden, layer.weight, layer.bias
+        self.layer = layer
+        self.sums = [
+            torch.zeros_like(x, dtype=layer.dtype) if want and x is not None else None
+            for x, want in zip(given, wanted, strict=True)
+        ]
+
+    def add(self, block: slice, powers: Tensor, c: Tensor) -> None:
+        """Add a block with p = powers, up to factors of the rows that are in c."""
+        to_hidden, to_weight, to_bias = self.sums
+        hidden, weight = self.layer.hidden[block], self.layer.weight
+        if to_bias is not None:
+            to_bias.addmv_(powers.t(), c.squeeze(1))
+        powers = powers.to(weight.dtype)
+        if to_hidden is not None:
+            add_product(to_hidden[block], powers, weight)
+            to_hidden[block].mul_(c)
+        if to_weight is not None:
+            add_product(to_weight, powers.t(), hidden * c.to(hidden.dtype))
+
+    def add_labels(self, labels: Tensor, dt: Tensor) -> None:
+        """Add what the slopes in t contribute."""
+        to_hidden, to_weight, to_bias = self.sums
+        place, inside = self.layer.shard.place(labels)
+        if inside is not None:
+            dt = dt.where(inside.unsqueeze(1), 0)
+        for block in self.layer.blocks:
+            at, slope = place[block], dt[block]
+            if to_hidden is not None:
+                to_hidden[block].addcmul_(self.layer.weight[at].to(slope.dtype), slope)
+            if to_weight is not None:
+                to_weight.index_add_(0, at, self.layer.hidden[block] * slope)
+        if to_bias is not None:
+            to_bias.index_add_(0, place, dt.squeeze(1))
+
+    def scale(self, log_factor: Tensor, sign: Tensor | float = 1.0) -> None:
+        """Multiply by a factor that may be beyond the dtype: in two steps, each within it."""
+        if can_inspect(log_factor) and log_factor.item() == 0 and sign == 1:
+            return
+        half = (log_factor / 2).clamp(max=math.log(torch.finfo(self.layer.dtype).max) - 1).exp()
+        for total in self.sums:
+            if total is not None:
+                total.mul_((half * sign).to(total.dtype)).mul_(half.to(total.dtype))
+
+    def shrink(self, log_factor: Tensor) -> None:
+        """Multiply by a factor of at most 1."""
+        for total in self.sums:
+            if total is not None:
+                total.mul_(log_factor.exp().to(total.dtype))
+
+
+class _Head(Function):
+    """From hidden states, weight and bias to the loss; the other arguments are the boundary's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        weights: Tensor,
+        loss: RowLoss,
+        reduction: Reduction,
+        shard: Shard,
+        step: int,
+        tracked: bool,
+    ) -> Tensor:
+        layer = _Layer(hidden, weight, bias, shard, step)
+        # Without gradients autograd still calls them needed, if a parameter might want one.
+        wanted = tuple(tracked and need for need in ctx.needs_input_grad[:3])
+        gradients = _Gradients(layer, wanted) if any(wanted) and reduction != "none" else None
+        denominator, numbers = weights.sum(), []
+        scaled = _ScaledSum(gradients)
+        for block in layer.blocks:
+            t, s, powers, factor = layer.rows(block, labels)
+            t, s = (x.masked_fill(weights[block] == 0, 0) for x in (t, s))
+            numbers.append(torch.cat([t, s], 1))
+            if gradients is None:
+                continue
+            rows = Rows(t, s, t - s, weights[block], denominator, reduction, shard.num_classes)
+            if loss.sums_rows:
+                c = torch.as_tensor(loss.on_rows(rows).ds, device=s.device)
+            else:
+                c = scaled.slopes(loss.relative_slopes(rows))
+            gradients.add(block, powers, c.to(factor.dtype) * factor)
+            del powers  # or two blocks would be held
+        t, s = torch.cat([weights[:0].expand(0, 2), *numbers]).tensor_split(2, 1)
+        rows = Rows(t, s, t - s, weights, None, reduction, shard.num_classes)
+        outcome = loss.on_rows(rows)
+        dt, ds = (
+            torch.as_tensor(x, dtype=s.dtype, device=s.device) for x in (outcome.dt, outcome.ds)
+        )
+        log_ds = ds.abs().log() if outcome.log_dz is None else outcome.log_dz + s
+        log_dt = dt.abs().log() if outcome.log_dt is None else outcome.log_dt
+        ctx.slopes = dt.sign(), log_dt, ds.sign(), log_ds
+        ctx.log_factor = scaled.log_factor(log_ds)
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.gradients, ctx.shard, ctx.step = gradients, shard, step
+        return outcome.value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the loss of a linear layer without its logits can be differentiated once, and "
+                "create_graph=True asks for more; use the criterion on "
+                "torch.nn.functional.linear(input, weight, bias)"
+            )
+        hidden, weight, bias, labels = ctx.saved_tensors
+        sign_dt, log_dt, sign_ds, log_ds = ctx.slopes
+        gradients: _Gradients | None = ctx.gradients
+        ctx.gradients = None
+        grad = grad.to(log_ds.dtype)
+        grad = grad.unsqueeze(1) if grad.ndim else grad
+        log_grad, sign = grad.abs().log(), grad.sign()
+        log_dt, log_ds = log_dt + log_grad, log_ds + log_grad
+        with _no_autocast(hidden):
+            stored = gradients is not None
+            log_factor = ctx.log_factor + log_grad if stored else _largest(log_ds)
+            # All is added up at one scale, and multiplied by that at last, so that no infinities
+            # meet, and what overflows is infinite.
+            scale = torch.maximum(_largest(log_dt), log_factor).clamp(min=-LARGEST, max=LARGEST)
+            if can_inspect(hidden) and max(abs(scale.item()), abs(log_factor.item())) < 60:
+                scale = torch.zeros_like(scale)
+            if gradients is None:
+                layer = _Layer(hidden, weight, bias, ctx.shard, ctx.step)
+                gradients = _Gradients(layer, ctx.needs_input_grad[:3])
+                c = (log_ds - scale).exp() * sign_ds * sign
+                for block in layer.blocks:
+                    _, _, powers, factor = layer.rows(block, labels)
+                    gradients.add(block, powers, c[block].to(factor.dtype) * factor)
+            else:
+                gradients.scale(log_factor - scale, sign)
+            slopes = (log_dt - scale).exp() * sign_dt * sign
+            gradients.add_labels(labels, slopes.to(gradients.layer.dtype))
+            if gradients.sums[0] is not None and ctx.shard.group is not None:
+                dist.all_reduce(gradients.sums[0], group=ctx.shard.group)
+            gradients.scale(scale)
+        given = (hidden, weight, bias)
+        made = (
+            None if x is None else x.to(y.dtype) for x, y in zip(gradients.sums, given, strict=True)
+        )
+        return *made, *[None] * 7
+
+
+class _ScaledSum:
+    """Slopes in s that are known up to one factor of the batch, relative to the largest so far."""
+
+    def __init__(self, gradients: _Gradients | None) -> None:
+        self.gradients = gradients
+        self.exponents: list[Tensor] = []
+        self.largest: Tensor | None = None
+
+    def slopes(self, exponent: Tensor) -> Tensor:
+        """Those of a block, whose logarithms these are; what was summed is scaled to match."""
+        assert self.gradients is not None  # noqa: S101
+        self.exponents.append(exponent)
+        top = exponent.amax().clamp(min=-LARGEST)
+        if self.largest is None:
+            self.largest = top
+        elif not can_inspect(top) or top > self.largest + GROWTH:
+            before, self.largest = self.largest, torch.maximum(self.largest, top)
+            self.gradients.shrink(before - self.largest)
+        return (exponent - self.largest).exp()
+
+    def log_factor(self, log_ds: Tensor) -> Tensor:
+        """The logarithm of the factor, by the row with the largest slope."""
+        if self.largest is None:
+            return log_ds.new_zeros(())
+        exponent = torch.cat(self.exponents).flatten()
+        index = exponent.argmax()
+        return log_ds.take(index) - exponent.take(index) + self.largest
+
+
+def _largest(logs: Tensor) -> Tensor:
+    return logs.amax() if logs.numel() else logs.new_full((), -LARGEST)

@@ -128,6 +128,16 @@ def confidence_penalty(logits: Tensor, strength: float, dim: int) -> Tensor:
     return log_p + (1 + strength * (log_p + entropy)).clamp(min=MIN_FACTOR).log()
 
 
+def generalized_cross_entropy(logits: Tensor, q: float, dim: int) -> Tensor:
+    r"""Generalised cross-entropy, :math:`\propto p^{1-q}` (derived).
+
+    The mean absolute error, q = 1, puts all probability on the most probable class, so its logits
+    do not tell the others': this gives the uniform distribution.
+    """
+    log_p = F.log_softmax(logits, dim)
+    return (1 - q) * log_p.clamp(min=torch.finfo(log_p.dtype).min)  # not 0 * inf
+
+
 def remove_smoothing(
     logits: Tensor, smoothing: float, dim: int, weight: Tensor | None = None
 ) -> Tensor:

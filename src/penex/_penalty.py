@@ -1,25 +1,43 @@
 r"""The penalty :math:`\rho`: where it comes from, in tensors and, on the CPU, in plain numbers."""
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from penex._inputs import positive
+from penex._inputs import can_inspect, check_device, positive
+
+if TYPE_CHECKING:
+    from penex.losses import PenaltyMixin
 
 PENALTY_MIN, PENALTY_MAX = 1e-10, 100.0
 
 
-def check_penalty_bounds(penalty_min: float, penalty_max: float) -> None:
-    """Refuse bounds that are not positive numbers in order."""
-    low, high = positive("penalty_min", penalty_min), positive("penalty_max", penalty_max)
-    if low > high:
-        raise ValueError(f"penalty_min: expected at most penalty_max = {high:g}, got {low:g}")
+class Bounds(NamedTuple):
+    """What turns two sums into an estimate."""
+
+    sensitivity: float
+    penalty_min: float
+    penalty_max: float
+
+    @classmethod
+    def checked(cls, sensitivity: float, penalty_min: float, penalty_max: float) -> "Bounds":
+        """The same, refused unless they are positive numbers in order."""
+        low, high = positive("penalty_min", penalty_min), positive("penalty_max", penalty_max)
+        if low > high:
+            raise ValueError(f"penalty_min: expected at most penalty_max = {high:g}, got {low:g}")
+        return cls(positive("sensitivity", sensitivity), low, high)
+
+    def estimate(self, exponential: float, partition: float) -> float:
+        """The clamped estimate from sum_i A_i and sum_i omega_i S_i."""
+        estimate = self.sensitivity * exponential / partition
+        return min(max(estimate, self.penalty_min), self.penalty_max)
 
 
-class PenaltySums(NamedTuple):
+class LogSums(NamedTuple):
     """The two sums that the estimate is made of, as logarithms of 0-d tensors."""
 
     exponential: Tensor
@@ -28,69 +46,45 @@ class PenaltySums(NamedTuple):
     """log sum_i omega_i S_i"""
     num_classes: int
 
-    @classmethod
-    def of(cls, exponential: Tensor, partition: Tensor, num_classes: int) -> "PenaltySums":
-        """From log A and log omega S of the rows, or of the classes that make up A."""
-        return cls(
-            exponential.flatten().logsumexp(0), partition.flatten().logsumexp(0), num_classes
-        )
+    def log_estimate(self, bounds: Bounds) -> tuple[Tensor, Tensor]:
+        """Log of the clamped estimate, and whether it means something.
 
-    def empty(self) -> Tensor:
-        """Whether there was nothing to sum."""
-        return self.partition == -math.inf
-
-    def finite(self) -> Tensor:
-        """Whether the estimate means something: rows were kept, and no sum is NaN or infinite."""
-        return self.exponential.isfinite() & self.partition.isfinite()
-
-    def log_penalty(self, alpha: float, penalty_min: float, penalty_max: float) -> Tensor:
-        """Log of the clamped estimate; of alpha / K, its value at f = 0, if there was no row."""
-        estimate = math.log(alpha) + self.exponential - self.partition
-        estimate = estimate.where(~self.empty(), math.log(alpha / self.num_classes))
-        return estimate.clamp(math.log(penalty_min), math.log(penalty_max))
-
-    def penalty(self, alpha: float, penalty_min: float, penalty_max: float) -> Tensor:
-        """The clamped estimate itself."""
-        estimate = self.log_penalty(alpha, penalty_min, penalty_max).exp()
-        return estimate.clamp(penalty_min, penalty_max)  # exp(log 100) need not be 100
-
-    def over_ranks(
-        self, denominator: Tensor, group: dist.ProcessGroup
-    ) -> tuple["PenaltySums", Tensor]:
-        """The sums over the batches of all ranks of `group`, and the mean of their denominators.
-
-        One collective of three numbers.
+        It does not where no row was kept or a sum is NaN or infinite: then it is that of alpha / K,
+        the estimate at f = 0.
         """
-        local = torch.stack([self.exponential, self.partition, denominator])
-        ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(ranks, local, group=group)
-        exponentials, partitions, denominators = torch.stack(ranks).unbind(1)
-        sums = PenaltySums(exponentials.logsumexp(0), partitions.logsumexp(0), self.num_classes)
-        return sums, denominators.mean()
+        ratio = self.exponential - self.partition
+        neutral = -math.log(self.num_classes)
+        estimate = ratio.nan_to_num(nan=neutral, posinf=math.inf, neginf=-math.inf)
+        low, high = (math.log(x / bounds.sensitivity) for x in bounds[1:])
+        return estimate.clamp(low, high) + math.log(bounds.sensitivity), ratio.abs() < math.inf
 
 
-class Settled(NamedTuple):
-    """What a batch cannot tell by itself."""
+def gather_over_ranks(numbers: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Each of some 0-d tensors, from all ranks of `group`, by one collective."""
+    local = torch.stack([number.to(numbers[0].dtype) for number in numbers]).detach()
+    ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, local, group=group)
+    return torch.stack(ranks).unbind(1)
+
+
+class Resolved(NamedTuple):
+    """What a row of PENEX has to know of the batch."""
 
     log_penalty: float | Tensor
-    denominator: Tensor
-    """What ``mean`` divides by, 0-d; zero where there is nothing to learn from."""
-
-    def divisor(self) -> Tensor:
-        """The denominator, or one in place of zero, so that the mean of nothing is 0."""
-        return self.denominator.where(self.denominator != 0, 1)
+    denominator: float | Tensor
+    """What ``mean`` divides by; zero where there is nothing to learn from."""
 
 
-class Penalty(Protocol):
+class PenaltyRule(Protocol):
     """A rule for the penalty of a batch."""
 
     local: bool
-    """Whether the batch at hand decides it, without a word from other processes."""
+    """Whether the batch at hand decides it, without other processes."""
 
     needs_sums: bool
-    """Whether :meth:`settle` looks at the sums."""
+    """Whether :meth:`resolve` uses the sums."""
 
-    def settle(self, sums: PenaltySums | None, denominator: Tensor) -> Settled:
+    def resolve(self, sums: LogSums | None, denominator: Tensor) -> Resolved:
         """What holds for a batch with these sums, whose own mean has this denominator."""
         ...
 
@@ -99,54 +93,161 @@ class Penalty(Protocol):
         ...
 
 
-class Given:
+class GivenPenalty:
     """A number, or a 0-d tensor."""
 
     local, needs_sums = True, False
 
     def __init__(self, penalty: float | Tensor) -> None:
-        if isinstance(penalty, Tensor):
-            if penalty.numel() != 1:
-                raise ValueError(
-                    f"penalty: expected a 0-d tensor, got shape {tuple(penalty.shape)}"
-                )
-            penalty = penalty.detach().reshape(())
-            self.penalty: float | Tensor = (
-                penalty if penalty.dtype == torch.float64 else penalty.float()
-            )
-        else:
+        self.penalty: float | Tensor
+        if not isinstance(penalty, Tensor):
             self.penalty = positive("penalty", penalty)
+            return
+        if penalty.numel() != 1:
+            raise ValueError(f"penalty: expected a 0-d tensor, got shape {tuple(penalty.shape)}")
+        penalty = penalty.detach().reshape(())
+        if can_inspect(penalty):
+            positive("penalty", penalty.item())
+        self.penalty = penalty if penalty.dtype == torch.float64 else penalty.float()
 
-    def settle(self, sums: PenaltySums | None, denominator: Tensor) -> Settled:
+    def resolve(self, sums: LogSums | None, denominator: Tensor) -> Resolved:
         value = self.penalty
-        return Settled(value.log() if isinstance(value, Tensor) else math.log(value), denominator)
+        return Resolved(value.log() if isinstance(value, Tensor) else math.log(value), denominator)
 
     def value(self, exponential: float, partition: float) -> float:
         return float(self.penalty)
 
 
-class Estimated:
+class EstimatedPenalty:
     """The batch's own estimate."""
 
     local, needs_sums = True, True
 
-    def __init__(self, alpha: float, penalty_min: float, penalty_max: float) -> None:
-        self.bounds = alpha, penalty_min, penalty_max
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
 
-    def settle(self, sums: PenaltySums | None, denominator: Tensor) -> Settled:
+    def resolve(self, sums: LogSums | None, denominator: Tensor) -> Resolved:
         assert sums is not None  # noqa: S101  # needs_sums says so
-        return Settled(sums.log_penalty(*self.bounds), denominator)
+        return Resolved(sums.log_estimate(self.bounds)[0], denominator)
 
     def value(self, exponential: float, partition: float) -> float:
-        return estimate(exponential, partition, *self.bounds)
+        return self.bounds.estimate(exponential, partition)
 
 
-def estimate(
-    exponential: float,
-    partition: float,
-    alpha: float,
-    penalty_min: float,
-    penalty_max: float,
-) -> float:
-    """:meth:`PenaltySums.penalty` in plain numbers."""
-    return min(max(alpha * exponential / partition, penalty_min), penalty_max)
+def world(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
+    """`group`, or what "world" stands for by now."""
+    if isinstance(group, str):
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return group
+
+
+def in_backward() -> bool:
+    """Whether this forward pass recomputes one, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class RunningPenalty:
+    """The penalty of a criterion for one batch, in any mode; training updates it first.
+
+    A recomputation in the backward pass finds the penalty already updated, and uses it as it is.
+    """
+
+    def __init__(self, criterion: "PenaltyMixin") -> None:
+        self.state, self.ema = criterion.penalty, criterion.ema
+        self.mode, self.fixed = criterion.penalty_mode, criterion.initial_penalty
+        training = criterion.training and torch.is_grad_enabled()
+        self.updates = training and self.mode != "fixed" and not in_backward()
+        self.group = world(criterion.process_group) if training else None
+        self.local = self.group is None
+        self.needs_sums = self.mode != "fixed" or not self.local
+        self.bounds = Bounds(criterion.sensitivity, criterion.penalty_min, criterion.penalty_max)
+
+    def _seen(self) -> Tensor:
+        """Whether the state is a penalty: one out of bounds stands for none."""
+        inside: Tensor = self.state == self.state.clamp(*self.bounds[1:])
+        return inside
+
+    def resolve(self, sums: LogSums | None, denominator: Tensor) -> Resolved:
+        if sums is not None and self.group is not None:
+            sums, denominator = self._over_ranks(sums, denominator, self.group)
+        if self.mode == "fixed":
+            assert self.fixed is not None  # noqa: S101  # the criterion refuses that
+            return Resolved(math.log(self.fixed), denominator)
+        assert sums is not None  # noqa: S101  # needs_sums says so
+        check_device("penalty", self.state, sums.partition)
+        log_estimate, valid = sums.log_estimate(self.bounds)
+        if self.mode == "running":
+            seen = self._seen()
+            if self.updates:
+                new = log_estimate.exp().clamp(*self.bounds[1:]).to(self.state.dtype)
+                new = self.state.lerp(new, self.ema).where(seen, new)
+                self.state.copy_(new.where(valid, self.state))
+                seen = seen | valid
+            log_penalty = self.state.log().to(log_estimate.dtype)
+            return Resolved(log_penalty.where(seen, log_estimate), denominator)
+        if self.updates:
+            new = log_estimate.exp().clamp(*self.bounds[1:]).to(self.state.dtype)
+            self.state.copy_(new.where(valid, self.state))
+        return Resolved(log_estimate, denominator)
+
+    def _over_ranks(
+        self, sums: LogSums, denominator: Tensor, group: dist.ProcessGroup
+    ) -> tuple[LogSums, Tensor]:
+        """The sums over the batches of all ranks, and the mean of their denominators.
+
+        Divided by that mean, the ranks' losses and gradients average, as
+        DistributedDataParallel does it, to those of the joined batch.
+        """
+        numbers = gather_over_ranks([sums.exponential, sums.partition, denominator], group)
+        exponential, partition = (logs.logsumexp(0) for logs in numbers[:2])
+        return LogSums(exponential, partition, sums.num_classes), numbers[2].mean()
+
+    def value(self, exponential: float, partition: float) -> float:
+        if self.mode == "fixed":
+            assert self.fixed is not None  # noqa: S101  # the criterion refuses that
+            return self.fixed
+        value = self.bounds.estimate(exponential, partition)
+        if self.mode == "running":
+            before = self.state.item()
+            seen = self.bounds.penalty_min <= before <= self.bounds.penalty_max
+            if not self.updates:
+                return before if seen else value
+            if seen:
+                value = before + self.ema * (value - before)
+        if self.updates:
+            self.state.fill_(value)
+        return value
+
+
+class CollectedPenalty(RunningPenalty):
+    """The penalty of a criterion in evaluation, which adds the sums of the batch to a list.
+
+    So several batches, which share one penalty, can update it together: :func:`update_penalty`.
+    """
+
+    def __init__(self, criterion: "PenaltyMixin", collected: list[LogSums]) -> None:
+        super().__init__(criterion)
+        self.collected = collected
+
+    def resolve(self, sums: LogSums | None, denominator: Tensor) -> Resolved:
+        if sums is not None:
+            self.collected.append(sums)
+        return super().resolve(sums, denominator)
+
+    def value(self, exponential: float, partition: float) -> float:
+        logs = torch.tensor([exponential, partition], dtype=torch.float64, device="cpu").log()
+        self.collected.append(LogSums(logs[0], logs[1], 1))
+        return super().value(exponential, partition)
+
+
+def update_penalty(criterion: "PenaltyMixin", collected: list[LogSums]) -> None:
+    """Update the penalty of a criterion in evaluation once, for batches that are one in training.
+
+    The criterion stays in evaluation.
+    """
+    exponentials, partitions, classes = zip(*collected, strict=True)
+    sums = LogSums(
+        torch.stack(exponentials).logsumexp(0), torch.stack(partitions).logsumexp(0), classes[0]
+    )
+    RunningPenalty(criterion.train()).resolve(sums, torch.zeros_like(sums.partition))
+    criterion.eval()

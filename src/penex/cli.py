@@ -137,8 +137,13 @@ def compare(
         typer.Argument(metavar="DATA", help="The same as --data.", show_default=False),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for results; an unfinished comparison there continues.")
-    ] = Path("penex-results"),
+        Path | None,
+        typer.Option(
+            help="Folder for results; an unfinished comparison there continues. (default: "
+            "penex-results/NAME, the name being that of the data set)",
+            show_default=False,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -167,12 +172,13 @@ def compare(
 
         place = {} if source is None else {"data": source}
         settings = configure(config, **given(options, Config) | place)
-        _announce(console, settings, out)
-
+        from penex.compare.data import short_name
         from penex.compare.display import Display
         from penex.compare.ranks import leads
         from penex.compare.runner import compare as run
 
+        out = out or Path("penex-results") / short_name(settings.data)
+        _announce(console, settings, out)
         run(settings, out, execution=execution, display=Display(console))
         if leads():
             _report(console, out)

@@ -1,59 +1,70 @@
-r"""The mathematics of PENEX: pure functions, tensors in, tensors out, no state.
+r"""The losses as pure functions: tensors in, tensors out, no state.
 
-Logits :math:`f`, label :math:`y`, sensitivity :math:`\alpha`, penalty :math:`\rho`:
+======================  ============================================================================
+:math:`f_{ij}`          logits of row i and class j, N x K
+:math:`y_i, q_{ij}`     the label, or the class probabilities of the target
+:math:`w_j`             class weights
+:math:`\omega_i`        row weights, :math:`\sum_j w_j q_{ij}`; :math:`w_{y_i}` for labels
+:math:`t_i`             the target's logit, :math:`f_{i y_i}` for labels
+:math:`Z_i, s_i`        the partition :math:`\sum_j e^{f_{ij}}`, and its logarithm
+:math:`p_{ij}`          :math:`e^{f_{ij} - s_i}`; :math:`\log p_i = t_i - s_i` for the label
+:math:`\alpha, \rho`    sensitivity and penalty of PENEX; :math:`\beta` the power of log-PENEX
+======================  ============================================================================
 
-.. math:: \ell = \exp(-\alpha f_y) + \rho \sum_j \exp f_j
+PENEX is :math:`\ell = \exp(-\alpha f_y) + \rho \sum_j \exp f_j`. Source: Kladny, Schölkopf,
+Muehlebach, "PENEX: AdaBoost-Inspired Neural Network Regularization", arXiv 2510.02107. What the
+docstrings mark "(derived)" is not in the paper.
 
-Source: Kladny, Schölkopf, Muehlebach, "PENEX: AdaBoost-Inspired Neural Network Regularization",
-arXiv 2510.02107. What the docstrings mark "(derived)" is not in the paper.
+What happens to a batch: :mod:`penex._inputs` checks it; :mod:`penex._rows` makes t and s of the
+logits; :mod:`penex._row_losses` has the loss as a function of these two vectors, with its slopes,
+for PENEX by a rule from :mod:`penex._penalty`; and :mod:`penex._rows` makes the gradient of them.
+:mod:`penex._linear` does so without holding the logits.
 """
 
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from penex._fast import fast_loss, fastest
+from penex import _row_losses as row_losses
 from penex._inputs import (
     Batch,
-    check_options,
     check_tensors,
+    computed_in,
     number,
     positive,
     prepare,
+    refuse_labels,
     validate,
 )
-from penex._linear import linear_penex_loss, sampled_linear_penex_loss
-from penex._log_domain import LogCall, fast_log_loss, log_defined
+from penex._linear import linear_loss, linear_penex_loss, sampled_linear_penex_loss
 from penex._penalty import (
     PENALTY_MAX,
     PENALTY_MIN,
-    Estimated,
-    Given,
-    Penalty,
-    PenaltySums,
-    Settled,
-    check_penalty_bounds,
+    Bounds,
+    EstimatedPenalty,
+    GivenPenalty,
+    PenaltyRule,
 )
-from penex._robust import Call
+from penex._row_losses import RowLoss, Rule
+from penex._rows import loss_of
 
 __all__ = [
     "confidence_penalty_loss",
+    "cross_entropy",
     "estimate_penalty",
     "focal_loss",
+    "generalized_cross_entropy_loss",
+    "linear_loss",
     "linear_penex_loss",
     "log_penex_loss",
     "margin",
     "penex_loss",
+    "row_loss",
     "sampled_linear_penex_loss",
     "z_loss",
 ]
-
-# Beyond this exponent float32 overflows. A class without target mass takes the exponential of no
-# more than this, so that its contribution is 0 and not 0 * inf.
-_LARGEST_EXPONENT = 80.0
 
 
 def penex_loss(
@@ -67,6 +78,7 @@ def penex_loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     huberization: float | None = None,
+    normalize: bool = False,
 ) -> Tensor:
     r"""Penalized exponential loss, in the place of :func:`torch.nn.functional.cross_entropy`.
 
@@ -100,6 +112,9 @@ def penex_loss(
             :math:`(1-\varepsilon) q + \varepsilon / K`.
         huberization: Threshold :math:`t > 0` on :math:`e^u`, :math:`u = -\alpha f_y`, beyond which
             it continues linearly, as :math:`t (1 + u - \log t)`. None: never.
+        normalize: Divide the loss by :math:`\alpha`. Its gradient at f = 0 is then that of
+            cross-entropy, so learning rates, weight decay and clipping thresholds chosen for
+            cross-entropy carry over.
 
     Returns:
         The loss: 0-d, or of the index target's shape for ``reduction="none"``.
@@ -115,19 +130,21 @@ def penex_loss(
         >>> penex_loss(logits, torch.tensor([0, 1]), sensitivity=0.5, penalty=0.25)
         tensor(2.0006)
     """
-    check_options(ignore_index, reduction, label_smoothing)
     alpha = positive("sensitivity", sensitivity)
-    rule = Estimated(alpha, PENALTY_MIN, PENALTY_MAX) if penalty is None else Given(penalty)
-    return penalized(
+    rule: PenaltyRule
+    if penalty is None:
+        rule = EstimatedPenalty(Bounds(alpha, PENALTY_MIN, PENALTY_MAX))
+    else:
+        rule = GivenPenalty(penalty)
+    loss = row_losses.Penex(alpha, rule, log_threshold(huberization), normalize)
+    return evaluate(
         input,
         target,
-        alpha=alpha,
-        penalty=rule,
+        loss,
         weight=weight,
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
-        huberization=huberization,
     )
 
 
@@ -195,17 +212,111 @@ def log_penex_loss(
         >>> log_penex_loss(logits, torch.tensor([0, 1]), sensitivity=0.5, power=1.0)
         tensor(0.3625)
     """
-    check_options(ignore_index, reduction, label_smoothing)
-    return log_domain(
+    alpha = number("sensitivity", sensitivity, 0.0, math.inf)
+    return evaluate(
         input,
         target,
-        alpha=number("sensitivity", sensitivity, 0.0, math.inf),
-        beta=number("power", power, 0.0, math.inf),
+        row_losses.LogPenex(alpha, number("power", power, 0.0, math.inf)),
         weight=weight,
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
-        group=None,
+    )
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross-entropy, :math:`-\sum_k w_k q_{ik} \log p_{ik}`, as computed by this package.
+
+    Equal to :func:`torch.nn.functional.cross_entropy` in every option, with the two differences of
+    :func:`penex_loss`; faster on the CPU from about a thousand classes on.
+
+    Args:
+        input: As in :func:`penex_loss`, like the arguments not listed here.
+        target: As in :func:`penex_loss`.
+        weight: As in :func:`penex_loss`.
+        ignore_index: As in :func:`penex_loss`.
+        reduction: As in :func:`penex_loss`.
+        label_smoothing: As in :func:`penex_loss`.
+
+    Returns:
+        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError: As :func:`penex_loss`.
+
+    Example:
+        >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))  # log 2
+        tensor(0.6931)
+    """
+    return evaluate(
+        input,
+        target,
+        row_losses.CrossEntropy(),
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def row_loss(
+    input: Tensor,
+    target: Tensor,
+    rule: Rule,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The mean of any function of a row's true logit and log-partition.
+
+    With :math:`t_i = f_{i y_i}` and :math:`s_i = \log \sum_j e^{f_{ij}}` most losses of class
+    indices are functions of t and s alone, and :math:`\log p_{i y_i} = t_i - s_i`. The logits are
+    passed over once forward and once backward, whatever the rule.
+
+    Args:
+        input: As in :func:`penex_loss`, like the arguments not listed here.
+        target: Class indices, or integer one-hot labels of the input's shape.
+        rule: A differentiable function of (true_logit, log_partition) that returns one value a row.
+            Both are float64 (float32 on MPS) and of one shape, and so must the values be. Each
+            value must depend on its own row alone.
+        weight: As in :func:`penex_loss`.
+        ignore_index: As in :func:`penex_loss`.
+        reduction: As in :func:`penex_loss`.
+
+    Returns:
+        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError: As :func:`penex_loss`; also if `target` has class
+            probabilities, or `rule` returns something else than one value a row.
+
+    Example:
+        Generalised cross-entropy, :math:`(1 - p^q) / q`:
+
+        >>> def rule(true_logit, log_partition, q=0.7):
+        ...     return -torch.expm1(q * (true_logit - log_partition)) / q
+        >>> row_loss(torch.zeros(1, 2), torch.tensor([0]), rule)  # (1 - 0.5^0.7) / 0.7
+        tensor(0.5492)
+    """
+    if not callable(rule):
+        raise TypeError(f"rule: expected a function, got {type(rule).__name__}")
+    check_labels(target)
+    return evaluate(
+        input,
+        target,
+        row_losses.RuleLoss(rule),
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
     )
 
 
@@ -253,11 +364,23 @@ def estimate_penalty(
         >>> estimate_penalty(torch.zeros(3, 4), torch.tensor([0, 1, 2]), sensitivity=0.5)
         tensor(0.1250)
     """
-    alpha = positive("sensitivity", sensitivity)
-    check_penalty_bounds(penalty_min, penalty_max)
-    batch = _checked(input, target, weight, ignore_index, "mean", label_smoothing)
-    sums = penalty_sums(batch, alpha, _log_threshold(huberization))
-    return sums.penalty(alpha, penalty_min, penalty_max).where(~sums.empty(), math.nan)
+    bounds = Bounds.checked(sensitivity, penalty_min, penalty_max)
+    rule = EstimatedPenalty(bounds)
+    loss = row_losses.Penex(bounds.sensitivity, rule, log_threshold(huberization))
+    input, arguments = validate(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+    if input.numel() == 0:
+        return input.new_full((), math.nan, dtype=computed_in(input))
+    sums = loss.estimate_sums(prepare(input, arguments))
+    estimate = sums.log_estimate(bounds)[0].exp().clamp(bounds.penalty_min, bounds.penalty_max)
+    # An empty sum is no estimate; one that is NaN or infinite has none either.
+    valid = sums.exponential - sums.partition
+    return estimate.where(valid == valid, math.nan).to(computed_in(input))
 
 
 def margin(input: Tensor, target: Tensor) -> Tensor:
@@ -291,10 +414,14 @@ def margin(input: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"input: a margin needs two classes or more, got {logits.shape[1]}")
     # No index is ignored: every label must be a class.
     nothing = torch.iinfo(torch.int64).min
-    batch = prepare(logits, labels, weight=None, ignore_index=nothing, label_smoothing=0.0)
-    true = batch.select(logits)
-    mine = torch.zeros_like(logits, dtype=torch.bool).scatter(1, labels.unsqueeze(1).long(), True)
-    result = true.squeeze(1) - logits.masked_fill(mine, -math.inf).amax(1)
+    index = labels.long().unsqueeze(1)
+    try:
+        true = logits.gather(1, index)
+    except (IndexError, RuntimeError) as error:
+        refuse_labels(labels, logits.shape[1], nothing, error)
+        raise
+    is_label = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, True)
+    result = true.squeeze(1) - logits.masked_fill(is_label, -math.inf).amax(1)
     return result if input.ndim > 1 else result.squeeze(0)
 
 
@@ -333,15 +460,25 @@ def focal_loss(
         tensor(0.3466)
     """
     gamma = number("gamma", gamma, 0.0, math.inf)
-    batch = _checked(input, target, weight, ignore_index, reduction, label_smoothing)
-    log_p = batch.select(F.log_softmax(batch.logits, 1))
+    logits, arguments = validate(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if not arguments.soft:
+        return like_input(loss_of(logits, arguments, row_losses.Focal(gamma)), input, reduction)
+    batch = prepare(logits, arguments)
+    log_p = F.log_softmax(batch.logits, 1)
     # Where p rounds to 1, or is 0 in a class without mass, the term is 0; a stand-in keeps the
     # derivative of the power, and of 0 * inf, from becoming NaN there.
-    live = (log_p != 0) & ((batch.mass != 0) | (log_p > -math.inf))
-    safe = log_p.where(live, -1.0)
+    counts = (log_p != 0) & ((batch.target_weights != 0) | (log_p > -math.inf))
+    safe = log_p.where(counts, -1.0)
     focus = (-torch.expm1(safe)) ** gamma
-    rows = (batch.mass * focus * -safe).where(live, 0.0).sum(1)
-    return _as_asked(_reduced(rows, batch, reduction), input, reduction)
+    rows = (batch.target_weights * focus * -safe).where(counts, 0.0).sum(1)
+    return like_input(_reduced(rows, batch, reduction), input, reduction)
 
 
 def confidence_penalty_loss(
@@ -383,12 +520,23 @@ def confidence_penalty_loss(
         tensor(0.3466)
     """
     strength = number("strength", strength, 0.0, math.inf)
-    batch = _checked(input, target, weight, ignore_index, reduction, label_smoothing)
+    logits, arguments = validate(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    batch = prepare(logits, arguments)
     log_p = F.log_softmax(batch.logits, 1)
     finite = log_p.where(log_p > -math.inf, 0.0)  # p log p is 0 at p = 0
     entropy = -(log_p.exp() * finite).sum(1)
-    rows = _nll(batch, log_p) - strength * batch.total * entropy
-    return _as_asked(_reduced(rows, batch, reduction), input, reduction)
+    log_q = batch.select(log_p)
+    counts = (batch.target_weights != 0) | (log_q > -math.inf)  # the rest is 0 * inf
+    nll = -(batch.target_weights * log_q.where(counts, 0.0)).sum(1)
+    rows = nll - strength * batch.row_weights * entropy
+    return like_input(_reduced(rows, batch, reduction), input, reduction)
 
 
 def z_loss(
@@ -428,152 +576,95 @@ def z_loss(
         >>> z_loss(torch.zeros(1, 2), torch.tensor([0]), strength=0.5)  # log(2) + log(2)^2 / 2
         tensor(0.9334)
     """
-    strength = number("strength", strength, 0.0, math.inf)
-    batch = _checked(input, target, weight, ignore_index, reduction, label_smoothing)
-    rows = (
-        _nll(batch, F.log_softmax(batch.logits, 1))
-        + strength * batch.total * batch.logits.logsumexp(1).square()
-    )
-    return _as_asked(_reduced(rows, batch, reduction), input, reduction)
-
-
-def _checked(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> Batch:
-    check_options(ignore_index, reduction, label_smoothing)
-    batched = validate(input, target, weight, ignore_index)
-    return prepare(
-        *batched, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
-    )
-
-
-def _nll(batch: Batch, log_p: Tensor) -> Tensor:
-    """Cross-entropy of the rows."""
-    log_q = batch.select(log_p)
-    live = (batch.mass != 0) | (log_q > -math.inf)  # the rest is 0 * inf
-    return -(batch.mass * log_q.where(live, 0.0)).sum(1)
-
-
-def log_domain(
-    input: Tensor,
-    target: Tensor,
-    *,
-    alpha: float,
-    beta: float,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    group: dist.ProcessGroup | None,
-) -> Tensor:
-    """:func:`log_penex_loss` over the ranks of a group; :class:`penex.LogPENEX` calls it too."""
-    shape = input, reduction
-    input, target = validate(input, target, weight, ignore_index)
-    call = LogCall(
-        target=target,
+    return evaluate(
+        input,
+        target,
+        row_losses.ZPenalty(number("strength", strength, 0.0, math.inf)),
         weight=weight,
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
-        alpha=alpha,
-        beta=beta,
-        group=group,
     )
-    return _as_asked(fastest(input, call, fast_log_loss, log_defined), *shape)
 
 
-def penalized(
+def generalized_cross_entropy_loss(
     input: Tensor,
     target: Tensor,
     *,
-    alpha: float,
-    penalty: Penalty,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    huberization: float | None,
+    q: float = 0.7,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> Tensor:
-    """:func:`penex_loss` with any rule for the penalty; :class:`penex.PENEX` calls it too."""
-    shape = input, reduction
-    input, target = validate(input, target, weight, ignore_index)
-    threshold = _log_threshold(huberization)
-    call = Call(
-        target=target,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        alpha=alpha,
-        penalty=penalty,
-        log_threshold=threshold,
-        definition=_defined,
-    )
-    return _as_asked(fastest(input, call, fast_loss, _defined), *shape)
+    r"""Generalised cross-entropy, :math:`w_y (1 - p_y^q) / q`, which is bounded.
 
+    Source: Zhang, Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with
+    Noisy Labels", NeurIPS 2018, arXiv 1805.07836. q = 1 is the mean absolute error of the
+    probability; q towards 0, cross-entropy.
 
-def _defined(logits: Tensor, call: Call, settled: Settled | None = None) -> Tensor:
-    """The loss of `logits` by the definition, with what was settled before or by the rule."""
-    batch = call.batch(logits)
-    if settled is None:
-        needed = call.penalty.needs_sums
-        sums = penalty_sums(batch, call.alpha, call.log_threshold) if needed else None
-        settled = call.penalty.settle(sums, batch.denominator)
-    divisor = settled.divisor() if call.reduction == "mean" else 1.0
-    rows = penex_rows(batch, call.alpha, settled.log_penalty, call.log_threshold, divisor)
-    return rows if call.reduction == "none" else rows.sum()
+    Args:
+        input: As in :func:`penex_loss`, like the arguments not listed here.
+        target: Class indices, or integer one-hot labels of the input's shape.
+        q: In (0, 1].
+        weight: As in :func:`penex_loss`.
+        ignore_index: As in :func:`penex_loss`.
+        reduction: As in :func:`penex_loss`.
 
+    Returns:
+        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
 
-def penalty_sums(batch: Batch, alpha: float, log_threshold: float | None) -> PenaltySums:
-    """Both sums of the estimate, in the log domain, where no finite logit overflows."""
-    # Detached, as no_grad would leave the derivatives of forward mode in place.
-    logits, mass, total = batch.logits.detach(), batch.mass.detach(), batch.total.detach()
-    u = -alpha * batch.select(logits)
-    if log_threshold is not None:
-        u = u.clamp(max=log_threshold) + torch.log1p(F.relu(u - log_threshold))
-    exponential = (u + mass.log()).where(mass > 0, -math.inf)
-    partition = (logits.logsumexp(1) + total.log()).where(total > 0, -math.inf)
-    return PenaltySums.of(exponential, partition, logits.shape[1])
+    Raises:
+        TypeError, ValueError, IndexError: As :func:`penex_loss`; also if q is out of its range, or
+            `target` has class probabilities.
 
-
-def penex_rows(
-    batch: Batch,
-    alpha: float,
-    log_penalty: float | Tensor,
-    log_threshold: float | None,
-    divisor: float | Tensor,
-) -> Tensor:
-    """The loss of each row, (N, d1, ...), over `divisor`.
-
-    Every factor enters the exponent, so that a product is finite wherever it can be represented,
-    even where a factor of it cannot.
+    Example:
+        >>> generalized_cross_entropy_loss(torch.zeros(1, 2), torch.tensor([0]), q=1.0)
+        tensor(0.5000)
     """
-    log_mass, rest, live = _log_factor(batch.mass / divisor)
-    u = -alpha * batch.select(batch.logits)
-    u = u.where(live, u.clamp(max=_LARGEST_EXPONENT))
-    if log_threshold is None:
-        exponential = torch.exp(u + log_mass)
-    else:  # relu has slope 0 at 0: at the threshold the slope is counted once
-        tail = 1 + F.relu(u - log_threshold)
-        exponential = torch.exp(u.clamp(max=log_threshold) + log_mass) * tail
-    log_total, total_rest, kept = (part.unsqueeze(1) for part in _log_factor(batch.total / divisor))
-    f = batch.logits + (log_total + log_penalty)
-    partition = torch.exp(f.where(kept, f.clamp(max=_LARGEST_EXPONENT)))
-    return (exponential * rest).sum(1) + (partition * total_rest).sum(1)
+    check_labels(target)
+    return evaluate(
+        input,
+        target,
+        row_losses.GeneralizedCrossEntropy(number("q", q, 0.0, 1.0, open_low=True)),
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
 
 
-def _log_factor(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log m, r, m > 0) with m = exp(log m) * r, differentiable in m at zero too."""
-    live = factor > 0
-    return factor.where(live, 1.0).log(), factor.where(~live, 1.0), live
+def evaluate(
+    input: Tensor,
+    target: Tensor,
+    loss: RowLoss,
+    *,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Any loss of the rows' numbers, with the options of cross-entropy."""
+    logits, arguments = validate(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    return like_input(loss_of(logits, arguments, loss), input, reduction)
 
 
-def _log_threshold(huberization: float | None) -> float | None:
+def check_labels(target: object) -> None:
+    """Refuse class probabilities."""
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise ValueError(
+            "target: this loss takes class indices or integer one-hot labels, got class "
+            f"probabilities, {target.dtype}"
+        )
+
+
+def log_threshold(huberization: float | None) -> float | None:
+    """Where huberization begins, as an exponent."""
     return None if huberization is None else math.log(positive("huberization", huberization))
 
 
@@ -585,7 +676,7 @@ def _reduced(rows: Tensor, batch: Batch, reduction: str) -> Tensor:
     return rows.sum() / batch.denominator.where(batch.denominator != 0, 1)
 
 
-def _as_asked(value: Tensor, input: Tensor, reduction: str) -> Tensor:
+def like_input(value: Tensor, input: Tensor, reduction: str) -> Tensor:
     """`value` in the shape and dtype that cross_entropy would give for `input`."""
     if reduction == "none" and input.ndim == 1:
         value = value.squeeze(0)

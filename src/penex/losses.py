@@ -1,41 +1,138 @@
 """The losses as modules: they hold arguments and the running penalty, and call the functions."""
 
 import math
-from collections.abc import Callable
-from typing import Literal, Self
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from penex import _links, functional
-from penex._inputs import check_options, choice, number, positive
+from penex import _row_losses as row_losses
+from penex._inputs import check_reduction, choice, integer, number, positive, smoothing
 from penex._links import ProbabilityMixin
-from penex._penalty import Penalty, PenaltySums, Settled, check_penalty_bounds, estimate
+from penex._penalty import Bounds, PenaltyRule, RunningPenalty, world
+from penex._row_losses import RowLoss
 
-__all__ = ["PENEX", "ConfidencePenaltyLoss", "FocalLoss", "LogPENEX", "ZLoss"]
+__all__ = [
+    "PENEX",
+    "ConfidencePenaltyLoss",
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "GeneralizedCrossEntropyLoss",
+    "LogPENEX",
+    "ZLoss",
+]
+
+Group = dist.ProcessGroup | Literal["world"] | None
+Check = Callable[[str, Any], Any]
 
 
-class _Loss(ProbabilityMixin, nn.Module):
-    """The keywords of :class:`torch.nn.CrossEntropyLoss`, checked and held, and the link."""
+def _weight(name: str, value: Any) -> Tensor | None:
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value is not None and value.ndim != 1:
+        raise ValueError(
+            f"{name}: expected one weight per class, shape (K,), got {tuple(value.shape)}"
+        )
+    return value
+
+
+def _nonnegative(name: str, value: Any) -> float:
+    return number(name, value, 0.0, math.inf)
+
+
+def _positive_or_none(name: str, value: Any) -> float | None:
+    return None if value is None else positive(name, value)
+
+
+def _process_group(name: str, value: Any) -> Any:
+    return choice(name, value, ("world",)) if isinstance(value, str) else value
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return value
+
+
+def _float32(name: str, value: Any) -> float:
+    """`value` as a float, refused unless positive and float32, the buffer's dtype, holds it."""
+    result = positive(name, value)
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= result <= limits.max:
+        raise ValueError(
+            f"{name}: expected a number that float32 can hold, "
+            f"in [{limits.tiny:.3g}, {limits.max:.3g}], got {result:g}"
+        )
+    return result
+
+
+class CheckedModule(nn.Module):
+    """A module that checks its arguments whenever they are set, not in its constructor alone."""
+
+    checks: ClassVar[dict[str, Check]] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = self.checks.get(name)
+        super().__setattr__(name, value if check is None else check(name, value))
+
+    def extra_repr(self) -> str:
+        """What torch prints of the module: all arguments but those that are None."""
+        arguments = {name: getattr(self, name) for name in self.checks}
+        return ", ".join(
+            f"{name.removeprefix('initial_')}="
+            + (f"<shape {tuple(value.shape)}>" if isinstance(value, Tensor) else f"{value!r}")
+            for name, value in arguments.items()
+            if value is not None
+        )
+
+
+class _Loss(ProbabilityMixin, CheckedModule):
+    """The keywords of :class:`torch.nn.CrossEntropyLoss`, checked and held, and the link.
+
+    Those that are functions of two numbers a row have a method ``_row_loss``, which says which.
+    """
 
     weight: Tensor | None
 
+    checks: ClassVar[dict[str, Check]] = {
+        "weight": _weight,
+        "ignore_index": integer,
+        "reduction": lambda name, value: check_reduction(value),
+        "label_smoothing": lambda name, value: smoothing(value),
+    }
+
     def __init__(
-        self, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+        self,
+        weight: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        check_options(ignore_index, reduction, label_smoothing)
-        if weight is not None and not isinstance(weight, Tensor):
-            raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
-        if weight is not None and weight.ndim != 1:
-            raise ValueError(
-                f"weight: expected one weight per class, shape (K,), got {tuple(weight.shape)}"
-            )
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", _weight("weight", weight))
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
+
+    @torch.jit.unused
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of `input` (logits) and `target`."""
+        return self._loss(input, target, self._row_loss())  # type: ignore[operator]
+
+    def _loss(self, input: Tensor, target: Tensor, loss: RowLoss) -> Tensor:
+        return functional.evaluate(
+            input,
+            target,
+            loss,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         """Calibrated logits of the targets as they are after smoothing: see `penex._links`."""
@@ -45,19 +142,24 @@ class _Loss(ProbabilityMixin, nn.Module):
         smoothed = self._link(logits, dim)
         return _links.remove_smoothing(smoothed, self.label_smoothing, dim, self.weight)
 
-    def extra_repr(self) -> str:
-        return (
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
-            f"label_smoothing={self.label_smoothing}"
-        )
 
-
-class _Penalized(nn.Module):
+class PenaltyMixin(CheckedModule):
     """The rule for the penalty, and the running penalty: what :class:`PENEX` says of them."""
 
     penalty: Tensor
 
-    def _hold(
+    checks: ClassVar[dict[str, Check]] = {
+        "sensitivity": positive,
+        "penalty_mode": lambda name, value: choice(name, value, ("running", "auto", "fixed")),
+        "initial_penalty": lambda name, value: None if value is None else _float32(name, value),
+        "penalty_min": _float32,
+        "penalty_max": _float32,
+        "ema": lambda name, value: number(name, value, 0.0, 1.0),
+        "huberization": _positive_or_none,
+        "process_group": _process_group,
+    }
+
+    def _hold_penalty(
         self,
         sensitivity: float,
         penalty_mode: str | None,
@@ -66,28 +168,45 @@ class _Penalized(nn.Module):
         penalty_max: float,
         ema: float,
         huberization: float | None,
-        process_group: dist.ProcessGroup | Literal["world"] | None,
+        process_group: Group,
     ) -> None:
         if penalty_mode is None:
             penalty_mode = "running" if penalty is None else "fixed"
-        self.penalty_mode = choice("penalty_mode", penalty_mode, ("running", "auto", "fixed"))
+        self.penalty_mode = penalty_mode
         if penalty is not None:
             penalty = _float32("penalty", penalty)
         if penalty_mode == "fixed" and penalty is None:
             raise ValueError("penalty: penalty_mode='fixed' needs a positive number, got None")
         if penalty_mode == "auto" and penalty is not None:
             raise ValueError(f"penalty: penalty_mode='auto' estimates it, got {penalty}")
-        check_penalty_bounds(penalty_min, penalty_max)
-        self.sensitivity = positive("sensitivity", sensitivity)
-        self.penalty_min = _float32("penalty_min", penalty_min)
-        self.penalty_max = _float32("penalty_max", penalty_max)
-        self.ema = number("ema", ema, 0.0, 1.0)
-        self.huberization = None if huberization is None else positive("huberization", huberization)
-        if isinstance(process_group, str):
-            choice("process_group", process_group, ("world",))
+        Bounds.checked(sensitivity, penalty_min, penalty_max)
+        self.sensitivity = sensitivity
+        self.initial_penalty = penalty
+        self.penalty_min, self.penalty_max = penalty_min, penalty_max
+        self.ema, self.huberization = ema, huberization
         self.process_group = process_group
-        start = math.nan if penalty is None else penalty
-        self.register_buffer("penalty", torch.tensor(start, dtype=torch.float32))
+        self.register_buffer("penalty", torch.empty((), dtype=torch.float32))
+        self._reset_penalty()
+
+    def reset_parameters(self) -> None:
+        """Set the penalty to its start, as after construction.
+
+        For modules whose memory was made without values, as by ``to_empty``.
+        """
+        self._reset_penalty()
+
+    def _reset_penalty(self) -> None:
+        start = self.initial_penalty
+        with torch.no_grad():
+            self.penalty.fill_(0.0 if start is None else start)
+
+    def _penalty_rule(self) -> RunningPenalty:
+        if self.penalty_mode == "fixed" and self.initial_penalty is None:
+            raise ValueError(
+                "penalty_mode: 'fixed' needs a penalty, and this criterion was made without one; "
+                f"expected initial_penalty to be set, for example to {self.penalty.item():g}"
+            )
+        return RunningPenalty(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the penalty like any buffer, but keep it float32: 1e-10 is 0 in float16."""
@@ -97,12 +216,30 @@ class _Penalized(nn.Module):
             self.penalty = penalty.to(self.penalty.device)
         return self
 
-    def _rule_repr(self) -> str:
-        penalty = f", penalty={self.penalty.item():g}" if self.penalty_mode == "fixed" else ""
-        return f"sensitivity={self.sensitivity}, penalty_mode={self.penalty_mode!r}{penalty}"
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Next to the version of the module, where a state dict has no keys of its own.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1], {})
+        metadata["sensitivity"] = self.sensitivity
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if self.penalty_mode == "fixed":  # the argument counts, not the state
+            self._reset_penalty()
+            return
+        sensitivity = (local_metadata or {}).get("sensitivity", self.sensitivity)
+        if sensitivity != self.sensitivity and prefix + "penalty" in state_dict:
+            warnings.warn(
+                f"penalty: the state to be loaded belongs to sensitivity {sensitivity:g}, and this "
+                f"criterion has {self.sensitivity:g}; the running penalty starts anew",
+                stacklevel=2,
+            )
+            self._reset_penalty()
 
 
-class PENEX(_Penalized, _Loss):
+class PENEX(PenaltyMixin, _Loss):
     r"""Penalized exponential loss, in the place of :class:`torch.nn.CrossEntropyLoss`.
 
     Computes :func:`penex.functional.penex_loss`, where shapes, options and the two differences to
@@ -117,11 +254,15 @@ class PENEX(_Penalized, _Loss):
     - ``"auto"``: each batch's own estimate.
     - ``"fixed"`` (default if `penalty` is given): the constant `penalty`.
 
-    State: the buffer ``penalty``, 0-d, float32 whatever the module is cast to, NaN until a batch
-    has been seen. It is always there, so a fresh criterion loads a trained one's state strictly and
-    the other way round. It changes in training mode with gradients enabled, and then only; a batch
-    whose estimate means nothing (no kept row, a NaN or infinite sum) leaves it as it is. In
-    evaluation ``"running"`` uses it, or the batch's own estimate before any was seen.
+    State: the buffer ``penalty``, 0-d, float32 whatever the module is cast to. It is always there,
+    so a fresh criterion loads a trained one's state strictly and the other way round. Until a batch
+    has been seen it is 0; any value outside of [`penalty_min`, `penalty_max`], such as one that
+    comes of memory without values, stands for "none seen" too. It changes in training mode with
+    gradients enabled, and then only; a batch whose estimate means nothing (no kept row, a NaN or
+    infinite sum) leaves it as it is, and so does the recomputation of activation checkpointing. In
+    evaluation ``"running"`` uses it, or the batch's own estimate before any was seen. With
+    ``"fixed"`` the argument counts, whatever state is loaded. A state that belongs to another
+    sensitivity gives a warning, and the running penalty starts anew.
 
     Args:
         weight: Class weights, shape (K).
@@ -143,6 +284,8 @@ class PENEX(_Penalized, _Loss):
             when a batch comes, so that the criterion can be built before
             :mod:`torch.distributed` is initialised; without that it is None. None: all from the
             local batch.
+        normalize: Divide the loss by :math:`\alpha`, as in :func:`penex.functional.penex_loss`.
+            The penalty and the probabilities are the same.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -157,12 +300,16 @@ class PENEX(_Penalized, _Loss):
         tensor(0.0250)
     """
 
+    checks: ClassVar[dict[str, Check]] = (
+        PenaltyMixin.checks | _Loss.checks | {"normalize": _boolean}
+    )
+
     def __init__(
         self,
         weight: Tensor | None = None,
         *,
         sensitivity: float = 0.1,
-        penalty_mode: str | None = None,
+        penalty_mode: Literal["running", "auto", "fixed"] | None = None,
         penalty: float | None = None,
         penalty_min: float = 1e-10,
         penalty_max: float = 100.0,
@@ -172,9 +319,10 @@ class PENEX(_Penalized, _Loss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
+        normalize: bool = False,
     ) -> None:
         super().__init__(weight, ignore_index, reduction, label_smoothing)
-        self._hold(
+        self._hold_penalty(
             sensitivity,
             penalty_mode,
             penalty,
@@ -184,109 +332,17 @@ class PENEX(_Penalized, _Loss):
             huberization,
             process_group,
         )
+        self.normalize = normalize
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input` (logits) and `target`, as :func:`penex.functional.penex_loss`."""
-        return self._loss(input, target, _Held(self))
+    def _row_loss(self) -> RowLoss:
+        return self._with_penalty(self._penalty_rule())
 
-    def _loss(self, input: Tensor, target: Tensor, penalty: Penalty) -> Tensor:
-        return functional.penalized(
-            input,
-            target,
-            alpha=self.sensitivity,
-            penalty=penalty,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            huberization=self.huberization,
-        )
-
-    def extra_repr(self) -> str:
-        return f"{self._rule_repr()}, {super().extra_repr()}"
+    def _with_penalty(self, penalty: PenaltyRule) -> RowLoss:
+        threshold = functional.log_threshold(self.huberization)
+        return row_losses.Penex(self.sensitivity, penalty, threshold, self.normalize)
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.penex(logits, self.sensitivity, self.huberization)
-
-
-def _ranks(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
-    """`group`, or what "world" stands for by now."""
-    if isinstance(group, str):
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    return group
-
-
-class _Held:
-    """The penalty of a criterion for one batch; in training the batch is absorbed first."""
-
-    def __init__(self, criterion: _Penalized) -> None:
-        self.current, self.ema = criterion.penalty, criterion.ema
-        self.mode = criterion.penalty_mode
-        training = criterion.training and torch.is_grad_enabled()
-        self.learning = training and self.mode != "fixed"
-        self.group = _ranks(criterion.process_group) if training else None
-        self.local = self.group is None
-        self.needs_sums = self.mode != "fixed" or not self.local
-        self.bounds = criterion.sensitivity, criterion.penalty_min, criterion.penalty_max
-
-    def settle(self, sums: PenaltySums | None, denominator: Tensor) -> Settled:
-        if sums is not None and self.group is not None:
-            sums, denominator = sums.over_ranks(denominator, self.group)
-        if sums is None or self.mode == "fixed":
-            return Settled(self.current.log(), denominator)
-        if self.learning:
-            new = sums.penalty(*self.bounds).to(self.current.dtype)
-            if self.mode == "running":
-                new = self.current.lerp(new, self.ema).where(~self.current.isnan(), new)
-            self.current.copy_(new.where(sums.finite(), self.current))
-        estimate = sums.log_penalty(*self.bounds)
-        if self.mode == "running":
-            log_penalty = self.current.log().to(estimate.dtype)
-            estimate = log_penalty.where(~self.current.isnan(), estimate)
-        return Settled(estimate, denominator)
-
-    def value(self, exponential: float, partition: float) -> float:
-        if self.mode == "fixed":
-            return self.current.item()
-        value = estimate(exponential, partition, *self.bounds)
-        if self.mode == "running":
-            before = self.current.item()
-            if not self.learning:
-                return value if math.isnan(before) else before
-            if not math.isnan(before):
-                value = before + self.ema * (value - before)
-        if self.learning:
-            self.current.fill_(value)
-        return value
-
-
-class _Collecting(_Held):
-    """The same, of a criterion in evaluation; it leaves the sums of the batch in a list.
-
-    So several batches, which share one penalty, can be absorbed together: :func:`_absorb`.
-    """
-
-    def __init__(self, criterion: _Penalized, seen: list[PenaltySums]) -> None:
-        super().__init__(criterion)
-        self.seen = seen
-
-    def settle(self, sums: PenaltySums | None, denominator: Tensor) -> Settled:
-        if sums is not None:
-            self.seen.append(sums)
-        return super().settle(sums, denominator)
-
-    def value(self, exponential: float, partition: float) -> float:
-        logs = torch.tensor([exponential, partition], dtype=torch.float64).log()
-        self.seen.append(PenaltySums(logs[0], logs[1], 1))
-        return super().value(exponential, partition)
-
-
-def _absorb(criterion: _Penalized, seen: list[PenaltySums]) -> None:
-    """Move the penalty of a criterion in evaluation once, for batches that are one in training."""
-    exponentials, partitions, classes = zip(*seen, strict=True)
-    sums = PenaltySums.of(torch.stack(exponentials), torch.stack(partitions), classes[0])
-    _Held(criterion.train()).settle(sums, torch.zeros_like(sums.partition))
-    criterion.eval()
 
 
 class LogPENEX(_Loss):
@@ -319,8 +375,14 @@ class LogPENEX(_Loss):
         >>> criterion = LogPENEX(sensitivity=0.1, power=4.0)
         >>> logits = torch.zeros(2, 4, requires_grad=True)
         >>> criterion(logits, torch.tensor([0, 3]))  # log 4
-        tensor(1.3863, grad_fn=<_SmallBackward>)
+        tensor(1.3863, grad_fn=<_ByRowsBackward>)
     """
+
+    checks: ClassVar[dict[str, Check]] = {
+        "sensitivity": _nonnegative,
+        "power": _nonnegative,
+        "process_group": _process_group,
+    } | _Loss.checks
 
     def __init__(
         self,
@@ -334,32 +396,39 @@ class LogPENEX(_Loss):
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         super().__init__(weight, ignore_index, reduction, label_smoothing)
-        self.sensitivity = number("sensitivity", sensitivity, 0.0, math.inf)
-        self.power = number("power", power, 0.0, math.inf)
-        if isinstance(process_group, str):
-            choice("process_group", process_group, ("world",))
+        self.sensitivity, self.power = sensitivity, power
         self.process_group = process_group
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input` (logits) and `target`."""
+    def _row_loss(self) -> RowLoss:
         training = self.training and torch.is_grad_enabled()
-        return functional.log_domain(
-            input,
-            target,
-            alpha=self.sensitivity,
-            beta=self.power,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            group=_ranks(self.process_group) if training else None,
-        )
-
-    def extra_repr(self) -> str:
-        return f"sensitivity={self.sensitivity}, power={self.power}, {super().extra_repr()}"
+        group = world(self.process_group) if training else None
+        return row_losses.LogPenex(self.sensitivity, self.power, group)
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.penex(logits, self.sensitivity)
+
+
+class CrossEntropyLoss(_Loss):
+    """Cross-entropy, equal to :class:`torch.nn.CrossEntropyLoss` in every option.
+
+    Computes :func:`penex.functional.cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
+
+    def _row_loss(self) -> RowLoss:
+        return row_losses.CrossEntropy()
+
+    def _link(self, logits: Tensor, dim: int) -> Tensor:
+        return logits
 
 
 class FocalLoss(_Loss):
@@ -367,6 +436,8 @@ class FocalLoss(_Loss):
 
     Computes :func:`penex.functional.focal_loss`, where the arguments are described.
     """
+
+    checks: ClassVar[dict[str, Check]] = {"gamma": _nonnegative} | _Loss.checks
 
     def __init__(
         self,
@@ -378,8 +449,12 @@ class FocalLoss(_Loss):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(weight, ignore_index, reduction, label_smoothing)
-        self.gamma = number("gamma", gamma, 0.0, math.inf)
+        self.gamma = gamma
 
+    def _row_loss(self) -> RowLoss:
+        return row_losses.Focal(self.gamma)
+
+    @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of `input` (logits) and `target`."""
         return functional.focal_loss(
@@ -395,15 +470,14 @@ class FocalLoss(_Loss):
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.focal(logits, self.gamma, dim)
 
-    def extra_repr(self) -> str:
-        return f"gamma={self.gamma}, {super().extra_repr()}"
-
 
 class ConfidencePenaltyLoss(_Loss):
     """Confidence penalty with the keywords of :class:`torch.nn.CrossEntropyLoss`.
 
     Computes :func:`penex.functional.confidence_penalty_loss`, where the arguments are described.
     """
+
+    checks: ClassVar[dict[str, Check]] = {"strength": _nonnegative} | _Loss.checks
 
     def __init__(
         self,
@@ -415,8 +489,9 @@ class ConfidencePenaltyLoss(_Loss):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(weight, ignore_index, reduction, label_smoothing)
-        self.strength = number("strength", strength, 0.0, math.inf)
+        self.strength = strength
 
+    @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of `input` (logits) and `target`."""
         return functional.confidence_penalty_loss(
@@ -432,15 +507,14 @@ class ConfidencePenaltyLoss(_Loss):
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.confidence_penalty(logits, self.strength, dim)
 
-    def extra_repr(self) -> str:
-        return f"strength={self.strength}, {super().extra_repr()}"
-
 
 class ZLoss(_Loss):
     """The z-loss with the keywords of :class:`torch.nn.CrossEntropyLoss`.
 
     Computes :func:`penex.functional.z_loss`, where the arguments are described.
     """
+
+    checks: ClassVar[dict[str, Check]] = {"strength": _nonnegative} | _Loss.checks
 
     def __init__(
         self,
@@ -452,34 +526,45 @@ class ZLoss(_Loss):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(weight, ignore_index, reduction, label_smoothing)
-        self.strength = number("strength", strength, 0.0, math.inf)
+        self.strength = strength
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input` (logits) and `target`."""
-        return functional.z_loss(
-            input,
-            target,
-            strength=self.strength,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
+    def _row_loss(self) -> RowLoss:
+        return row_losses.ZPenalty(self.strength)
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return logits  # the penalty moves all logits of a row together, until log Z is 0
 
-    def extra_repr(self) -> str:
-        return f"strength={self.strength}, {super().extra_repr()}"
 
+class GeneralizedCrossEntropyLoss(_Loss):
+    """Generalised cross-entropy of class indices.
 
-def _float32(name: str, value: object) -> float:
-    """`value` as a float, refused unless positive and float32, the buffer's dtype, holds it."""
-    result = positive(name, value)
-    limits = torch.finfo(torch.float32)
-    if not limits.tiny <= result <= limits.max:
-        raise ValueError(
-            f"{name}: expected a number that float32 can hold, "
-            f"in [{limits.tiny:.3g}, {limits.max:.3g}], got {result:g}"
-        )
-    return result
+    Computes :func:`penex.functional.generalized_cross_entropy_loss`, where the arguments are
+    described.
+    """
+
+    checks: ClassVar[dict[str, Check]] = {
+        "q": lambda name, value: number(name, value, 0.0, 1.0, open_low=True)
+    } | _Loss.checks
+
+    def __init__(
+        self,
+        q: float = 0.7,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(weight, ignore_index, reduction)
+        self.q = q
+
+    def _row_loss(self) -> RowLoss:
+        return row_losses.GeneralizedCrossEntropy(self.q)
+
+    @torch.jit.unused
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of `input` (logits) and `target` (class indices)."""
+        functional.check_labels(target)
+        return self._loss(input, target, self._row_loss())
+
+    def _link(self, logits: Tensor, dim: int) -> Tensor:
+        return _links.generalized_cross_entropy(logits, self.q, dim)

@@ -189,7 +189,7 @@ def test_intervals_and_holm_of_every_column(results: dict[str, Any]) -> None:
 
 
 def of_rows(run: dict[str, Any], scaling: str) -> dict[str, np.ndarray]:
-    """What varies with the test rows: values of rows, or of groups by the jackknife's definition."""
+    """What varies with test rows: values of rows, or by the jackknife's definition of groups."""
     logits = calibrated(TEST, 1.4 + 0.2 * SPECS.index(run["loss"]), 100 + run["seed"])
     logits = logits.astype(np.float32).astype(np.float64)
     if scaling == "scaled":

@@ -126,11 +126,23 @@ def test_losses_that_are_refused(losses: list[str], message: str) -> None:
         configure(losses=losses)
 
 
+@pytest.mark.parametrize(
+    "names", [("drop", "keep"), ("group", "time"), ("text", "drop"), ("text", "keep")]
+)
+def test_columns_have_one_use(names: tuple[str, str]) -> None:
+    values = {name: ["a"] if name in ("drop", "keep") else "b" for name in names}
+    with pytest.raises(CompareError, match=f"^{names[0]} and {names[1]} exclude each other"):
+        configure(**values)
+
+
 def test_tuning_with_test_rows_of_each_seed_is_refused() -> None:
     with pytest.raises(
         CompareError, match=r"^test_split \(--test-split\): expected once with tuning, got per-seed"
     ):
         configure(tune=3, test_split="per-seed")
+    with pytest.raises(CompareError, match=r"test_split \(--test-split\): expected once with time"):
+        configure(time="day", test_split="per-seed")
+    assert configure(time="day").shares_test_rows(())
     assert configure(test_split="per-seed").test_split == "per-seed"
 
 

@@ -271,6 +271,7 @@ def test_numeric_labels_are_sorted_by_value_and_whole(tmp_path: Path) -> None:
     assert load(npz(tmp_path, X=x, y=np.array([True, False] * 3))).classes == ("False", "True")
     assert load(npz(tmp_path, X=x, y=np.array(["ü", "o"] * 3))).classes == ("o", "ü")
     assert load(npz(tmp_path, X=x, y=np.array([b"u", b"o"] * 3))).classes == ("o", "u")
+    assert load(npz(tmp_path, X=x, y=np.array([[3], [1]] * 3))).classes == ("1", "3")
 
 
 def test_row_numbers_are_no_feature(tmp_path: Path) -> None:
@@ -399,6 +400,21 @@ def test_fingerprint_of_arrays_differs(tmp_path: Path) -> None:
     ]
     prints = [load(npz(tmp_path, **v)).fingerprint for v in variants]
     assert len(set(prints)) == len(prints)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("digits", "digits"),
+        ("hub:SetFit/bbc-news", "bbc-news"),
+        ("hub:owner/set.v2:english", "set.v2"),
+        ("some/where/my table.CSV.gz", "my table"),
+        ("t.2024.xlsx", "t.2024"),
+        ("a.npz", "a"),
+    ],
+)
+def test_short_name(source: str, name: str) -> None:
+    assert penex.compare.data.short_name(source) == name
 
 
 # ---- splitting -------------------------------------------------------------------------------
@@ -582,6 +598,120 @@ def test_official_parts(
         assert np.array_equal(again, before)
 
 
+def grouped(groups: Any, y: Any, **changes: Any) -> Dataset:
+    y = np.asarray(y)
+    names = tuple(map(str, range(y.max() + 1)))
+    data = Dataset("g", np.zeros((len(y), 1), np.float32), y, names, "", groups=groups)
+    return replace(data, **changes)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=12, max_size=80),
+    seed=st.integers(0, 100),
+    share=st.sampled_from([0.1, 0.25, 0.4]),
+    constant=st.booleans(),
+)
+def test_groups_stay_together(sizes: list[int], seed: int, share: float, constant: bool) -> None:
+    """Whether the class is one of the group (a patient's diagnosis) or of the row."""
+    rng = np.random.default_rng(seed)
+    groups = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    y = groups % 2 if constant else rng.integers(0, 2, len(groups))
+    data = grouped(groups, y)
+    try:
+        drawn = draw_rows(data, seed, Config(test_size=share, validation_size=share))
+    except CompareError:  # a class of too few groups, or parts smaller than the classes
+        assume(False)
+    assert np.array_equal(np.sort(np.concatenate(drawn)), np.arange(len(y)))
+    seen = [set(groups[rows]) for rows in drawn]
+    assert sum(map(len, seen)) == len(set(groups))
+    again = draw_rows(data, seed, Config(test_size=share, validation_size=share))
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, again, strict=True))
+
+
+def test_groups_are_drawn_in_the_wanted_shares() -> None:
+    """With many small groups, sizes and class shares are nearly those of rows without groups."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(400), 5)
+    y = (rng.random(2000) < np.repeat(rng.choice([0.05, 0.6], 400), 5)).astype(np.int64)
+    data = grouped(groups, y)
+    for seed in range(3):
+        train, validation, test = draw_rows(data, seed, Config())
+        assert abs(len(test) - 500) <= 25
+        assert abs(len(validation) - 300) <= 25
+        for rows in (train, validation, test):
+            assert abs(y[rows].mean() - y.mean()) < 0.02
+    tests = [set(draw_rows(data, seed, Config())[2]) for seed in range(3)]
+    assert tests[0] != tests[1] != tests[2]
+    once = [set(draw_rows(data, seed, Config(test_split="once"))[2]) for seed in range(3)]
+    assert once[0] == once[1] == once[2] == tests[0]
+
+
+def test_train_size_with_groups() -> None:
+    groups = np.repeat(np.arange(100), 10)
+    data = grouped(groups, np.arange(1000) % 2)
+    train, validation, test = draw_rows(data, 0, Config(train_size=200))
+    assert (len(train), len(validation)) == (200, 50)
+    seen = [set(groups[rows]) for rows in (train, validation, test)]
+    assert not seen[0] & seen[1]
+    assert not (seen[0] | seen[1]) & seen[2]
+
+
+def test_the_newest_rows_are_the_test() -> None:
+    rng = np.random.default_rng(1)
+    time = rng.permutation(np.arange(400) // 4)  # four rows of each time
+    data = grouped(None, np.arange(400) % 2, time=time)
+    for seed in range(2):
+        train, validation, test = draw_rows(data, seed, Config())
+        assert (len(train), len(validation), len(test)) == (240, 60, 100)
+        assert time[train].max() < time[validation].min()
+        assert time[validation].max() < time[test].min()
+    train, validation, test = draw_rows(data, 0, Config(train_size=100))
+    assert (len(train), len(validation), len(test)) == (100, 25, 100)
+    assert time[train].max() < time[validation].min()
+    # The test part of the data set stays; what is drawn is validation.
+    given_test = replace(data, official={"test": np.flatnonzero(time < 20)})
+    train, validation, test = draw_rows(given_test, 0, Config())
+    assert np.array_equal(test, np.flatnonzero(time < 20))
+    assert time[train].max() < time[validation].min()
+
+
+def test_rows_of_one_time_stay_together() -> None:
+    time = np.repeat([0, 1, 2, 3], [50, 20, 10, 20])
+    data = grouped(None, np.arange(100) % 2, time=time)
+    train, validation, test = draw_rows(data, 0, Config(test_size=0.27, validation_size=0.3))
+    assert [sorted(set(time[rows])) for rows in (train, validation, test)] == [[0], [1], [2, 3]]
+
+
+def test_a_class_may_be_new_in_time_but_not_unknown_to_training() -> None:
+    y = np.arange(100) % 2
+    y[:2] = 2
+    data = grouped(None, y, time=np.arange(100))
+    _, _, test = draw_rows(data, 0, Config())
+    assert set(y[test]) == {0, 1}
+    y[-2:], y[:2] = 2, 0
+    with pytest.raises(CompareError, match=r"'2' \(2 rows\).*the training part"):
+        draw_rows(grouped(None, y, time=np.arange(100)), 0, Config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": np.zeros(60, np.int64)}, r"group: all 60 rows of g .* are of one group"),
+        ({"time": np.zeros(60, np.int64)}, r"time: all 60 rows of g .* are of one time"),
+    ],
+)
+def test_groups_that_cannot_be_divided(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CompareError, match=message):
+        draw_rows(grouped(**({"groups": None, "y": np.arange(60) % 2} | changes)), 0, Config())
+
+
+def test_train_size_that_groups_do_not_leave() -> None:
+    data = grouped(np.repeat(np.arange(3), [200, 100, 100]), np.arange(400) % 2)
+    with pytest.raises(CompareError, match=r"train_size \(--train-size\) must be at most \d+; got"):
+        draw_rows(data, 0, Config(train_size=235))
+
+
 def test_class_subset() -> None:
     iris = load("iris", classes=("virginica", "setosa"))
     assert iris.classes == ("setosa", "virginica")
@@ -729,9 +859,13 @@ GOOD = "a b " * 6
     [
         (rows(GOOD), None, r"name the column to predict.*'x', 'y'"),
         (rows(GOOD, "Größe,Label"), "label", r"no column 'label'.*'Größe', 'Label'.*mean 'Label'"),
-        (rows(GOOD) + "5,\n6,NA\n", "y", r"missing in 2 of 14 rows"),
+        ("x,y\n1,\n2,NA\n", "y", r"no row has a value of 'y'"),
         (rows("a " * 9), "y", r"at least 2 classes.*'a'"),
-        (rows(GOOD + "c c d"), "y", r"too few in 2 of 4 classes: 'c' \(2\), 'd' \(1\)"),
+        (
+            rows(GOOD + "c c d"),
+            "y",
+            r"too few in 2 of 4 classes: 'c' \(2\), 'd' \(1\).*--min-class-rows",
+        ),
         (rows(GOOD) + "inf,a\n-inf,b\n", "y", r"'x' must be finite; 2 of its values"),
         (rows(GOOD) + "?,a\ninf,b\n", "y", r"'x' must be finite; 1 of its values"),
         (rows(GOOD) + "1e39,a\n", "y", r"'x' must be finite; 1 of"),
@@ -763,7 +897,7 @@ X, Y = np.arange(24.0).reshape(12, 2), np.arange(12) % 2
         ({"X": X, "y": Y, "z": Y}, r"found 'X', 'y', 'z'"),
         ({"X": X, "y": Y[:-1]}, r"X of shape \(12, 2\) and y of shape \(11,\)"),
         ({"X": X[:, 0], "y": Y}, r"X of shape \(12,\)"),
-        ({"X": X, "y": Y[:, None]}, r"y of shape \(12, 1\)"),
+        ({"X": X, "y": np.stack([Y, Y], 1)}, r"y of shape \(12, 2\)"),
         ({"X": X[:, :0], "y": Y}, r"\(12, 0\) holds no values"),
         ({"X": X[:0], "y": Y[:0]}, r"\(0, 2\) holds no values"),
         ({"X": np.where(X < 3, np.nan, X), "y": Y}, r"3 of 24 values are NaN"),
@@ -786,7 +920,8 @@ def test_npz_refusals(tmp_path: Path, arrays: dict[str, Any], message: str) -> N
     ("name", "target", "message"),
     [
         ("digit", None, r"breast_cancer, digits, iris, wine, .*or .*\.csv.*mean 'digits'"),
-        ("data.xlsx", "y", r"unknown data 'data.xlsx'.*\.parquet"),
+        ("data.xls", "y", r"unknown data 'data.xls'.*\.xlsx, \.parquet"),
+        ("nowhere.xlsx", "y", r"no such file: .*nowhere\.xlsx"),
         ("nowhere.csv", "y", r"no such file: .*nowhere\.csv"),
         ("nowhere.npz", None, r"no such file: .*nowhere\.npz"),
         ("https://example.org/t.csv", "y", r"no such file"),
@@ -807,7 +942,8 @@ def test_source_refusals(name: str, target: str | None, message: str) -> None:
         ("t.npz", b""),
         ("t.csv.gz", b"not compressed"),
         ("t.csv.gz", gzip.compress(b"x,y\n" * 1000, mtime=0)[:20]),
-        ("t.csv", "x,y\n1,ä\n".encode("latin-1")),
+        ("t.xlsx", b"PK\x03\x04 neither is this"),
+        ("t.csv.xz", b"\xfd7zXZ\0 neither is this"),
     ],
 )
 def test_corrupt_files(tmp_path: Path, name: str, content: bytes) -> None:

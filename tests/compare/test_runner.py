@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from waiting import GUARD, wait_until
 
 from penex import cli
-from penex.compare import report
-from penex.compare.analysis import curves
+from penex.compare import plots, report
+from penex.compare.analysis import curves, summarize
 from penex.compare.bundle import read_network
 from penex.compare.config import Config
 from penex.compare.data import load
@@ -81,7 +81,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
 
 def untimed(results: dict[str, Any]) -> dict[str, Any]:
     """Results without the clock."""
-    for entry in (*results["runs"], *results["losses"]):
+    for entry in (*results["runs"], results):
         del entry["seconds_per_epoch"]
     return results
 
@@ -227,7 +227,7 @@ COMMAND = ["compare", "iris", "--losses=cross-entropy,penex", "--seeds=5", "--ep
 @pytest.fixture(scope="module")
 def uninterrupted(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make(tmp_path_factory.mktemp("whole") / "out", seeds=5, epochs=120)
-    report.write(folder)
+    report.write(plots.read(folder))
     return folder
 
 
@@ -378,7 +378,7 @@ def test_more_seeds_and_losses_join(make: Make, copy: Path, tmp_path: Path) -> N
     # A call with fewer losses and seeds hides nothing.
     make(copy, seeds=1, losses=("focal",))
     assert finished_runs(copy) == 9
-    results = report.write(copy)
+    results = summarize(copy)
     assert [loss["spec"] for loss in results["losses"]] == ["cross-entropy", "penex", "focal"]
     assert (len(results["runs"]), results["planned_runs"]) == (9, 9)
 

@@ -109,9 +109,10 @@ class Config(BaseModel):
     # Data
     data: str = setting(
         "digits",
-        "Table (.csv, .parquet), arrays (.npz), folder of images in a folder for each class, "
-        "hub:OWNER/NAME for a data set of the Hugging Face hub, or one of digits, wine, "
-        "breast_cancer, iris. Default: digits with 300 training rows.",
+        "Table (.csv, .tsv, .xlsx, .parquet), folder of train.csv and test.csv, arrays (.npz), "
+        "folder of images in a folder for each class, hub:OWNER/NAME for a data set of the Hugging "
+        "Face hub, or one of digits, wine, breast_cancer, iris. Default: digits with 300 training "
+        "rows.",
     )
     target: str | None = setting(None, "Column of a table that holds the class.")
     losses: tuple[str, ...] = setting(
@@ -143,8 +144,47 @@ class Config(BaseModel):
         "Column of a table that holds the text to classify; the other columns are left out.",
         panel=DATA,
     )
+    drop: tuple[str, ...] | None = setting(
+        None, "Columns of a table to leave out, separated by commas.", panel=DATA, shown="none"
+    )
+    keep: tuple[str, ...] | None = setting(
+        None, "Columns of a table to use, separated by commas.", panel=DATA, shown="all"
+    )
+    group: str | None = setting(
+        None,
+        "Column of a table whose rows of one value (a patient, say) stay in one part. It is no "
+        "feature.",
+        panel=DATA,
+    )
+    time: str | None = setting(
+        None,
+        "Column of a table with dates or numbers by which the newest rows are the test, and the "
+        "newest of the others validation. It is no feature.",
+        panel=DATA,
+    )
+    validation_file: str | None = setting(
+        None,
+        "Table of validation rows, where DATA is a table.",
+        panel=DATA,
+        shown="they are drawn",
+        metavar="FILE",
+    )
+    test_file: str | None = setting(
+        None,
+        "Table of test rows, where DATA is a table.",
+        panel=DATA,
+        shown="they are drawn",
+        metavar="FILE",
+    )
     classes: tuple[str, ...] | None = setting(
         None, "Classes to keep, separated by commas.", panel=DATA, shown="all"
+    )
+    min_class_rows: Positive | None = setting(
+        None,
+        "Leave out classes of fewer than N rows, which are refused where parts need more.",
+        panel=DATA,
+        shown="none",
+        metavar="N",
     )
     data_dir: str | None = setting(
         None,
@@ -296,13 +336,26 @@ class Config(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _columns_have_one_use(self) -> "Config":
+        for one, other in (("drop", "keep"), ("group", "time"), ("text", "drop"), ("text", "keep")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(f"{one} and {other} exclude each other; leave one of them out")
+        if self.time is not None and self.test_split == "per-seed":
+            raise ValueError(
+                f"{named('test_split')}: expected once with time, got per-seed: the newest rows "
+                "are the same for every seed"
+            )
+        return self
+
     def shares_test_rows(self, given: Collection[str]) -> bool:
         """Whether the test rows are the same for all seeds.
 
         Args:
             given: Names of the parts that the data set comes with, ``Dataset.official`` say.
         """
-        return "test" in given or self.tune > 0 or self.test_split == "once"
+        once = self.test_split == "once" or self.time is not None
+        return "test" in given or self.tune > 0 or once
 
     def settings(self) -> dict[str, Any]:
         """As plain values, for files."""
@@ -315,6 +368,8 @@ class Config(BaseModel):
         change; the data is identified by its content, not by its path.
         """
         variable = {"losses", "lr_of", "seeds", "data", "data_dir", "target", "text"}
+        variable |= {"drop", "keep", "group", "time", "min_class_rows"}
+        variable |= {"validation_file", "test_file"}
         variable |= {"metric", "min_difference"}
         if not self.tune:
             variable.add("select")

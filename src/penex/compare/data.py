@@ -6,6 +6,7 @@ in :mod:`penex.compare.sources`.
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,14 @@ from penex.compare.sources.arrays import BUNDLED, read_bundled, read_npz, two_ga
 from penex.compare.sources.download import DOWNLOADS, read_pathmnist, read_sonar
 from penex.compare.sources.folder import read_folder
 from penex.compare.sources.hub import PREFIX, read_hub
-from penex.compare.sources.table import SEPARATORS, holds_part_tables, read_table, read_tables
+from penex.compare.sources.table import ENDINGS as TABLES
+from penex.compare.sources.table import holds_part_tables, read_table, read_tables
 
 __all__ = ["Dataset", "load"]
 
-ENDINGS = (*SEPARATORS, ".parquet", ".npz")
+ENDINGS = (*TABLES, ".npz")
+COLUMNS = ("target", "text", "group", "time", "drop", "keep")
+"""Settings that name columns of a table."""
 NAMED_HUB = {
     "bbc-news": {"data": "hub:SetFit/bbc-news", "target": "label_text", "text": "text"},
     "imagenet": {"data": "hub:ILSVRC/imagenet-1k", "target": "label"},
@@ -43,18 +47,23 @@ def load(config: Config) -> Dataset:
       with images or texts; with `data_dir`, the same Parquet files in that folder;
     - a folder of Parquet files, named after their parts as on the hub; or of class sub-folders with
       images, or of train, validation and test with such sub-folders;
-    - a table (.csv, .csv.gz, .tsv, .tsv.gz, .parquet) with the column `target` to predict, from
-      the column `text` if that is given, else from all others. Text that stands for a missing
-      value ("", "NA", "?", ...) becomes missing; text columns whose values are all numbers or all
-      dates become such columns. Row numbers (a first column without a name, of distinct integers)
-      are left out;
+    - a table: delimited text (.csv, .tsv, .txt, .tab; also compressed, .gz, .bz2, .xz or .zip, to
+      at most 4 GiB when decompressed), whose separator, decimal sign and encoding are found, Excel
+      (.xlsx, .xlsm: the first sheet) or .parquet. The column `target` is predicted, from the column
+      `text` if that is given, else from all others, or all but `drop`, or `keep` alone; rows of one
+      value of `group` stay in one part, and the newest rows by `time` are the test. Blanks around
+      names and values do not count. Text that stands for a missing value ("", "NA", "?", ...)
+      becomes missing; text columns whose values are all numbers or all dates become such columns.
+      Rows without a target, and row numbers (a first column without a name, of distinct integers)
+      are left out. `validation_file` and `test_file` may name tables of these parts;
     - a folder of such tables, named after their parts (``train.csv``, ``val.csv``, ``test.csv``),
       with the same columns; Parquet files there are tables unless they hold images, or one column
       of text beside `target`;
-    - an NPZ file with ``X`` of shape (N, ...), real numbers, and ``y`` of shape (N,), integers or
-      strings; or, as MedMNIST has it, with ``train_images``, ``train_labels``, ``val_images``, ...
+    - an NPZ file with ``X`` of shape (N, ...), real numbers, and ``y`` of shape (N,) or (N, 1),
+      integers or strings; or, as MedMNIST has it, with ``train_images``, ``train_labels``,
+      ``val_images``, ...
 
-    Of what was read, `classes` are kept, or all.
+    Of what was read, `classes` are kept, or all, and of these the ones of `min_class_rows` rows.
 
     Raises:
         CompareError: The source cannot be found, read or used; the message says what to change.
@@ -67,18 +76,20 @@ def load(config: Config) -> Dataset:
         name, content = _read(config)
     except OSError as error:  # what no reader expects: no permission, a file that has just gone
         raise CompareError(f"cannot read {config.data}: {error}.") from error
-    if config.classes is not None:
-        content = _of_classes(content, config.classes, config.data)
-    return checked(name, content, config.data)
+    return checked(name, content, config)
 
 
-def checked(name: str, content: Content, source: str) -> Dataset:
-    """A data set of what a source holds.
+def checked(name: str, content: Content, config: Config) -> Dataset:
+    """The data set of what a source holds, of its classes those that `config` keeps.
 
     Raises:
-        CompareError: Its classes are too few, or have too few rows.
+        CompareError: They are too few, or have too few rows.
     """
-    _check_classes(content, source)
+    if config.classes is not None:
+        content = _of_classes(content, config.classes, config.data)
+    if config.min_class_rows is not None:
+        content = _without_rare(content, config.min_class_rows, config.data)
+    _check_classes(content, config.data)
     return Dataset(
         name,
         content.features,
@@ -86,6 +97,10 @@ def checked(name: str, content: Content, source: str) -> Dataset:
         content.classes,
         _fingerprint(content),
         content.official,
+        content.groups,
+        content.time,
+        content.left_out,
+        content.notes,
     )
 
 
@@ -93,8 +108,7 @@ def _read(config: Config) -> tuple[str, Content]:
     """Name and content of the source, by the reader for its kind."""
     source = config.data
     path = Path(source).expanduser()
-    ending = next((e for e in ENDINGS if path.name.lower().endswith(e)), "")
-    stem = path.name[: len(path.name) - len(ending)]
+    ending, stem = _ending(path), short_name(source)
     if source in BUNDLED:
         _takes(config)
         return source, read_bundled(source)
@@ -109,31 +123,46 @@ def _read(config: Config) -> tuple[str, Content]:
         return source, read_pathmnist(config)
     if source.startswith(PREFIX):
         _takes(config, "data_dir", "parts", "target", "text", "image_size")
-        return stem.split(":")[0], read_hub(source, config)
+        return stem, read_hub(source, config)
     if path.is_dir() and holds_part_tables(path, config):
-        _takes(config, "parts", "target", "text")
-        return path.resolve().name, read_tables(path, config)
+        _takes(config, "parts", *COLUMNS)
+        return stem, read_tables(path, config)
     if path.is_dir() and any(path.rglob("*.parquet")):
         _takes(config, "parts", "target", "text", "image_size")
-        return path.resolve().name, read_hub(source, config)
+        return stem, read_hub(source, config)
     if path.is_dir():
         _takes(config, "parts", "image_size")
-        return path.resolve().name, read_folder(path, config)
+        return stem, read_folder(path, config)
     if ending == ".npz":
         _takes(config, "parts", "image_size")
         return stem, read_npz(path, config)
     if ending:
-        _takes(config, "target", "text")
+        _takes(config, "parts", *COLUMNS, "validation_file", "test_file")
         return stem, read_table(path, config)
     raise CompareError(
         f"unknown data {source!r}: expected one of {', '.join(NAMES)}, hub:OWNER/NAME, a folder, "
-        f"or a file ending in {', '.join(ENDINGS)}.{did_you_mean(source, NAMES)}"
+        "or a file ending in .csv, .tsv, .txt (also .gz, .bz2, .xz or .zip), .xlsx, .parquet or "
+        f".npz.{did_you_mean(source, NAMES)}"
     )
+
+
+def short_name(source: str) -> str:
+    """The name of the data set `source` (``Config.data``), without folders and endings."""
+    if source.startswith(PREFIX):
+        return source.removeprefix(PREFIX).split("/")[-1].split(":")[0]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.name[: len(path.name) - len(_ending(path))]
+
+
+def _ending(path: Path) -> str:
+    return next((each for each in ENDINGS if path.name.lower().endswith(each)), "")
 
 
 def _takes(config: Config, *options: str) -> None:
     """Refuse settings of other kinds of source."""
-    for option in ("data_dir", "parts", "target", "text", "image_size"):
+    for option in ("data_dir", "parts", "image_size", *COLUMNS, "validation_file", "test_file"):
         value = getattr(config, option)
         if option not in options and value != Config.model_fields[option].default:
             raise CompareError(
@@ -150,7 +179,30 @@ def _of_classes(content: Content, classes: tuple[str, ...], source: str) -> Cont
                 f"classes: {source} has no class {name!r}; it has {listed(content.classes)}."
                 f"{did_you_mean(name, content.classes)}"
             )
-    kept = [k for k, name in enumerate(content.classes) if name in classes]
+    return _kept(content, [k for k, name in enumerate(content.classes) if name in classes])
+
+
+def _without_rare(content: Content, least: int, source: str) -> Content:
+    """The rows of the classes that have at least `least` of them."""
+    counts = np.bincount(content.target, minlength=len(content.classes))
+    kept = np.flatnonzero(counts >= least)
+    if kept.size == counts.size:
+        return content
+    if kept.size < 2:
+        raise CompareError(
+            f"{named('min_class_rows')}: {kept.size} of {counts.size} classes of {source} have at "
+            f"least {least} rows; expected 2 or more."
+        )
+    rare = np.flatnonzero(counts < least)
+    note = (
+        f"{int(counts[rare].sum()):,} rows of {rare.size} classes of {source} are left out, which "
+        f"have fewer than {least} rows each: {listed(content.classes[k] for k in rare)}."
+    )
+    return replace(_kept(content, kept.tolist()), notes=(*content.notes, note))
+
+
+def _kept(content: Content, kept: list[int]) -> Content:
+    """The rows of the classes of these codes."""
     code = np.full(len(content.classes), -1)
     code[kept] = np.arange(len(kept))
     rows = np.flatnonzero(np.isin(content.target, kept))
@@ -164,8 +216,15 @@ def _of_classes(content: Content, classes: tuple[str, ...], source: str) -> Cont
     official = {
         part: np.flatnonzero(np.isin(rows, given)) for part, given in content.official.items()
     }
-    names = tuple(content.classes[k] for k in kept)
-    return Content(features, code[content.target[rows]], names, official)
+    return replace(
+        content,
+        features=features,
+        target=code[content.target[rows]],
+        classes=tuple(content.classes[k] for k in kept),
+        official=official,
+        groups=None if content.groups is None else content.groups[rows],
+        time=None if content.time is None else content.time[rows],
+    )
 
 
 def _check_classes(content: Content, source: str) -> None:
@@ -194,7 +253,8 @@ def _check_classes(content: Content, source: str) -> None:
         raise CompareError(
             f"{source}: every class needs at least {len(drawn)} rows, one each for "
             f"{', '.join(drawn)}; too few in {rare.size} of {k} classes: {listing}"
-            f"{', ...' if rare.size > 10 else ''}. Add rows, merge classes or remove them."
+            f"{', ...' if rare.size > 10 else ''}. Add rows or merge classes, or leave out rare "
+            f"ones with {named('min_class_rows')} or all others with classes."
         )
 
 
@@ -203,6 +263,10 @@ def _fingerprint(content: Content) -> str:
     features, target = content.features, content.target
     digest = hashlib.sha256(json.dumps([len(target), content.classes]).encode())
     digest.update(target.astype("<i8").tobytes())
+    for what, ranks in (("groups", content.groups), ("time", content.time)):
+        if ranks is not None:
+            digest.update(json.dumps([what, len(ranks)]).encode())
+            digest.update(ranks.astype("<i8").tobytes())
     for part, rows in sorted(content.official.items()):
         digest.update(json.dumps([part, len(rows)]).encode())
         digest.update(rows.astype("<i8").tobytes())

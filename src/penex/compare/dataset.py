@@ -1,5 +1,6 @@
 """What every source gives, and the checks that are the same for all of them."""
 
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,15 @@ from penex.compare.errors import CompareError
 from penex.compare.images import Images
 
 # What pandas, pyarrow and numpy raise on a file that is not what its ending says.
-UNREADABLE = (ValueError, OSError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile)
+UNREADABLE = (
+    ValueError,
+    OSError,
+    EOFError,
+    NotImplementedError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+)
 
 
 class Texts:
@@ -52,6 +61,11 @@ class Dataset:
             images too many to decode at once, file sizes stand for the pixels.
         official: Row numbers (int64) of the parts that the data set comes with: "validation" and
             "test", either of which may be missing. All other rows are for training.
+        groups: int64 code of the group of each row, of shape (N,), or None: rows of one group must
+            stay in one part.
+        time: int64 rank of each row in time, of shape (N,), or None: the newest rows are the test.
+        left_out: Columns of a table that are no features, with the reason.
+        notes: What the user should know of how it was read, a sentence each.
         class_type: What the class names were before they became text.
     """
 
@@ -61,6 +75,10 @@ class Dataset:
     classes: tuple[str, ...]
     fingerprint: str
     official: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    groups: npt.NDArray[np.int64] | None = None
+    time: npt.NDArray[np.int64] | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     class_type: ClassType = "str"
 
 
@@ -72,6 +90,10 @@ class Content:
     target: npt.NDArray[np.int64]
     classes: tuple[str, ...]
     official: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    groups: npt.NDArray[np.int64] | None = None
+    time: npt.NDArray[np.int64] | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 PARTS = ("train", "validation", "test")

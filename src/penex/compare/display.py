@@ -44,6 +44,10 @@ class Display:
         """Say something that stays."""
         self.console.print(line, soft_wrap=True)
 
+    def warn(self, line: str) -> None:
+        """Say something that the user may want to change."""
+        self.console.print(f"Warning: {line}", style="yellow", soft_wrap=True)
+
     def finished(self, line: str) -> None:
         """Report one finished piece of work; a terminal has the bar instead."""
         if not self.console.is_terminal:

@@ -28,7 +28,7 @@ from penex.compare.images import Images
 from penex.compare.registry import LOSSES, Loss
 from penex.compare.rows import channels_first
 from penex.compare.runner import compare
-from penex.compare.sources.table import texts, typed
+from penex.compare.sources.table import content_of, texts
 from penex.compare.store import (
     checkpoint_file,
     comparison_file,
@@ -118,6 +118,7 @@ def compare_losses(
         if isinstance(y, str):
             settings["target"] = y
         config = configure(data=name, **given, **settings)
+        y = config.target if y is None else y
         dataset = in_memory(X, y, config)
     temporary = None
     if out is None:
@@ -398,45 +399,53 @@ def in_memory(X: Any, y: Any, config: Config) -> Dataset:  # noqa: N803
         CompareError: It is none that can be compared on.
     """
     if isinstance(X, pd.DataFrame):
-        X = X.set_axis([str(column) for column in X.columns], axis=1).reset_index(drop=True)  # noqa: N806
-        if isinstance(y, str):
-            if y not in X:
-                raise CompareError(f"y: expected a column of X, got {y!r}")
-            y = X.pop(y)
-    if y is None:
-        raise CompareError("y: expected the classes of the rows, or the column of X that has them")
-    labels = pd.Series(np.asarray(_array(y)).reshape(-1))
+        content = _of_frame(X, y, config)
+        return dataclasses.replace(
+            checked(config.data, content, config), class_type=_class_type(X, y)
+        )
+    if y is None or isinstance(y, str):
+        raise CompareError(f"y: expected the classes of the rows, got {y!r}")
+    labels = pd.Series(_array(y).reshape(-1))
     features = _features(X, config)
     if len(features) != len(labels):
-        raise CompareError(f"y: expected {len(features)} classes, as X has rows; got {len(labels)}")
-    codes, classes = encode_labels(labels, "y")
-    dataset = checked(config.data, Content(features, codes, classes), config.data)
-    return dataclasses.replace(dataset, class_type=_class_type(labels))
+        raise CompareError(f"y: expected {len(features)} classes, got {len(labels)}")
+    content = Content(features, *encode_labels(labels, "y"))
+    return dataclasses.replace(checked(config.data, content, config), class_type=_class_type(X, y))
+
+
+def _of_frame(frame: pd.DataFrame, y: Any, config: Config) -> Content:
+    """Of a table in memory, whose classes are in a column or apart."""
+    if y is not None and not isinstance(y, str):
+        labels = _array(y).reshape(-1)
+        if len(labels) != len(frame):
+            raise CompareError(
+                f"y: expected {len(frame)} classes, as X has rows; got {len(labels)}"
+            )
+        y = next(name for name in ("y", "class", "y of X") if name not in frame)
+        frame = frame.assign(**{y: labels})
+        config = config.model_copy(update={"target": y})
+    return content_of(frame.reset_index(drop=True), "X", config)
 
 
 def _array(values: Any) -> Any:
-    """An array of a tensor; anything else as it is."""
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else values
+    """An array of a tensor, a list, or what else holds values."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
-def _class_type(labels: pd.Series) -> ClassType:
+def _class_type(X: Any, y: Any) -> ClassType:  # noqa: N803
+    """What the classes are, before they become names."""
+    labels = pd.Series(X[y]) if isinstance(y, str) else pd.Series(_array(y).reshape(-1))
     kinds: dict[str, ClassType] = {
         "boolean": "bool",
         "integer": "int",
         "floating": "float",
         "mixed-integer-float": "float",
     }
-    return kinds.get(pd.api.types.infer_dtype(labels), "str")
+    return kinds.get(pd.api.types.infer_dtype(labels, skipna=True), "str")
 
 
 def _features(X: Any, config: Config) -> Any:  # noqa: N803
-    if isinstance(X, pd.DataFrame):
-        if config.text is None:
-            return typed(X.copy(), "X")
-        if config.text not in X:
-            raise CompareError(f"text: X has no column {config.text!r}")
-        return texts(X[config.text], "X")
-    values = np.asarray(_array(X))
+    values = _array(X)
     if values.ndim == 1 and values.dtype.kind in "OUT":
         return texts(pd.Series(values.tolist(), name="X"), "X")
     if values.ndim < 2 or values.dtype.kind not in "biuf" or values.size == 0:

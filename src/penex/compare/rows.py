@@ -17,7 +17,7 @@ from penex.compare.errors import CompareError, did_you_mean
 from penex.compare.images import Encoded, Images, resized
 from penex.compare.preparation import Date, Number, Table
 from penex.compare.sources.folder import ENDINGS, Files
-from penex.compare.sources.table import read_frame
+from penex.compare.sources.table import as_number, read_file
 
 Rows = pd.DataFrame | npt.NDArray[Any] | Sequence[str] | Images
 """What a classifier takes."""
@@ -125,7 +125,7 @@ def _typed(values: pd.Series, column: Any) -> pd.Series:
     elif kind in ("boolean", "decimal", "empty"):
         values = values.astype(object).map(lambda value: np.nan if pd.isna(value) else float(value))
     elif kind in ("string", "mixed-integer", "categorical"):
-        values = values.astype(object).where(~_blank(values))
+        values = values.astype(object).map(_stripped).where(~_blank(values))
     try:
         if isinstance(column, Number):
             numbers = pd.to_numeric(values).astype(np.float64)
@@ -140,6 +140,10 @@ def _typed(values: pd.Series, column: Any) -> pd.Series:
             f"rows: column {str(column.name)!r} held {what} in training; {error}"
         ) from None
     return values.astype(object)
+
+
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
 
 
 def _blank(values: pd.Series) -> "pd.Series[bool]":
@@ -221,8 +225,13 @@ def _read_table(path: Path, model: Model) -> pd.DataFrame:
     if isinstance(model.preparation, Table):
         columns = model.preparation.columns
         as_text = {str(column.name) for column in columns if not isinstance(column, Number)}
-    _, frame = read_frame(path, model.text, as_text)
-    return frame
+    _, table = read_file(path, model.text, as_text)
+    if isinstance(model.preparation, Table) and table.decimal_comma:
+        for each in model.preparation.columns:
+            if isinstance(each, Number) and each.name in table.frame:
+                column = table.frame[each.name]
+                table.frame[each.name] = as_number(column, decimal_comma=True)
+    return table.frame
 
 
 def _read_images(path: Path, model: Model) -> tuple[list[str], Images]:

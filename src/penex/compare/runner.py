@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from penex.compare.columns import uses, warnings
 from penex.compare.config import Config, Execution, Task
 from penex.compare.data import load
 from penex.compare.dataset import Dataset, Texts
@@ -64,6 +65,10 @@ def compare(
     dataset = load(config) if dataset is None else dataset
     for seed in range(config.seeds):  # refuse now what would be refused after hours
         draw_rows(dataset, seed, config)
+    for line in (*dataset.notes, *uses(dataset)):
+        display.note(line)
+    for line in warnings(dataset):
+        display.warn(line)
     with contextlib.ExitStack() as stack:
         stack.enter_context(joined())
         decided(lambda: _enter(stack, config, folder, dataset))

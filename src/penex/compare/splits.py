@@ -4,6 +4,7 @@ Whatever is random depends on the seed alone, so all losses see the same rows, t
 the same wrong labels; whatever is fitted (vocabularies, means, scales) sees training rows only.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from sklearn.model_selection import StratifiedShuffleSplit
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
 
 from penex.compare.config import Config
 from penex.compare.dataset import Dataset, Texts
@@ -25,6 +26,8 @@ Part = tuple[Inputs, npt.NDArray[np.int64]]
 
 # One independent random stream per decision, so that none shifts another.
 _TEST, _TRAIN, _NOISE, _ENCODER, _VALIDATION_NOISE = range(5)
+_FOLDS = 20
+"""Into so many sets of groups rows are divided at most; parts are made of whole sets."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ def split(dataset: Dataset, *, seed: int, config: Config, refit: bool = False) -
     by class. Test rows are drawn first and depend on seed and test_size only; if all seeds share
     them (``Config.shares_test_rows``), they are those of seed 0.
 
+    Where rows have groups, whole groups are drawn, stratified and of the sizes wanted as far as
+    groups allow. Where rows have a time, nothing is drawn but training rows, if train_size is
+    given: the newest rows are the test, the newest of the others validation, and rows of one time
+    stay together.
+
     Columns are standardised robustly and bounded (:class:`~penex.compare.scaling.ColumnScale`),
     arrays of more than two dimensions as a whole. In tables, categories become one-hot
     columns (or 30 text components from 40 categories on), dates their year, month, day, hour and
@@ -71,7 +79,8 @@ def split(dataset: Dataset, *, seed: int, config: Config, refit: bool = False) -
         refit: Whether training has the validation rows too, once an epoch has been chosen by them.
 
     Returns:
-        C-contiguous, finite arrays. Every drawn part holds every class (before the noise).
+        C-contiguous, finite arrays. Every drawn part holds every class (before the noise); with
+        groups or a time, the training part alone is sure to.
 
     Raises:
         CompareError: The rows do not suffice for such parts, or the seed is negative.
@@ -120,29 +129,91 @@ def draw_rows(dataset: Dataset, seed: int, config: Config) -> list[Rows]:
         drawn["test"] = n_test
     for name, size in drawn.items():
         if size < k:
-            sizes = ", ".join(f"{name} {size}" for name, size in drawn.items())
+            listing = ", ".join(f"{name} {size}" for name, size in drawn.items())
             raise CompareError(
                 f"{dataset.name} has {k} classes, so each part needs at least {k} rows; the {name} "
-                f"part would have {size} ({sizes}). Change "
+                f"part would have {size} ({listing}). Change "
                 f"{named('train_size')}, {named('validation_size')} or {named('test_size')}."
             )
 
     parts = {}
     if "test" not in given:
         test_seed = 0 if config.shares_test_rows(given) else seed
-        pool, parts["test"] = _stratified(dataset, pool, (rest, n_test), (test_seed, _TEST))
+        pool, parts["test"] = _divided(dataset, pool, (rest, n_test), (test_seed, _TEST))
+    exact = config.train_size is not None
+    if not exact:  # whole groups or times may have left another number of rows
+        n_validation = round(share * len(pool))
+        n_train = len(pool) - n_validation
     if "validation" not in given:
-        parts["training"], parts["validation"] = _stratified(
-            dataset, pool, (n_train, n_validation), (seed, _TRAIN)
+        sizes = (n_train, n_validation)
+        parts["training"], parts["validation"] = _divided(
+            dataset, pool, sizes, (seed, _TRAIN), exact=exact
         )
     else:
         parts["training"] = _subset(dataset, pool, n_train, (seed, _TRAIN))
-    for name, part in parts.items():
+    must_have_all = parts if dataset.groups is None and dataset.time is None else {"training"}
+    for name in must_have_all:
+        part = parts[name]
         absent = np.setdiff1d(np.arange(k), dataset.target[part])
         if absent.size:
             raise _too_rare(dataset, absent, f"the {name} part ({len(part)} rows)")
     parts |= given
     return [parts["training"], parts["validation"], parts["test"]]
+
+
+def _divided(
+    dataset: Dataset,
+    rows: Rows,
+    sizes: tuple[int, int],
+    stream: tuple[int, int],
+    *,
+    exact: bool = False,
+) -> tuple[Rows, Rows]:
+    """Two disjoint subsets of `rows`: for training, and for validation or test.
+
+    Where whole groups or times are taken, their sizes have the ratio of `sizes` as far as possible.
+    `exact`: rows are then left out of both, so that they have these sizes (the second: at most).
+    """
+    if dataset.groups is not None:
+        folds = _group_folds(dataset.groups[rows], dataset.target[rows], rows, stream)
+    elif dataset.time is not None:
+        order = rows[np.argsort(-dataset.time[rows], kind="stable")]
+        folds = np.split(order, np.flatnonzero(np.diff(dataset.time[order])) + 1)
+    else:
+        return _stratified(dataset, rows, sizes, stream)
+    if len(folds) < 2:
+        what = "group" if dataset.time is None else "time"
+        raise CompareError(
+            f"{what}: all {len(rows)} rows of {dataset.name} to draw from are of one {what}, so "
+            "they cannot be divided."
+        )
+    # So many of the first folds that their rows are nearest to the share of the second subset.
+    wanted = len(rows) * sizes[1] / sum(sizes)
+    taken = int(np.argmin(np.abs(np.cumsum(list(map(len, folds[:-1]))) - wanted))) + 1
+    first, second = np.concatenate(folds[taken:]), np.concatenate(folds[:taken])
+    if exact:
+        second = _subset(dataset, second, min(sizes[1], len(second)), stream)
+        if len(first) < sizes[0]:
+            raise CompareError(
+                f"{named('train_size')} must be at most {len(first)}; got {sizes[0]}. The other "
+                f"rows of {dataset.name} are of groups or times of validation and test."
+            )
+        first = _subset(dataset, first, sizes[0], stream)
+    return first, second
+
+
+def _group_folds(groups: Rows, labels: Rows, rows: Rows, stream: tuple[int, int]) -> list[Rows]:
+    """`rows` in sets of whole groups, with the class shares of all as far as possible."""
+    number = min(_FOLDS, len(np.unique(groups)), int(np.bincount(labels).max()))
+    if number < 2:
+        return [rows]
+    folds = StratifiedGroupKFold(
+        number, shuffle=True, random_state=int(np.random.default_rng(stream).integers(2**31))
+    )
+    with warnings.catch_warnings():
+        # A class of fewer rows than folds is not in each of them, as groups may have it anyway.
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        return [rows[fold] for _, fold in folds.split(labels, labels, groups) if len(fold)]
 
 
 def _subset(dataset: Dataset, rows: Rows, size: int, stream: tuple[int, int]) -> Rows:
@@ -186,7 +257,8 @@ def _too_rare(dataset: Dataset, codes: Rows, where: str) -> CompareError:
     listed = ", ".join(f"{dataset.classes[k]!r} ({counts[k]} rows)" for k in codes[:10])
     return CompareError(
         f"{dataset.name}: too few rows of {listed}{', ...' if codes.size > 10 else ''} to have one "
-        f"in {where}. Add rows, merge or remove the class, or enlarge the part."
+        f"in {where}. Add rows, merge classes, leave out rare ones ({named('min_class_rows')}), or "
+        "enlarge the part."
     )
 
 

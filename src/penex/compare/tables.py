@@ -520,9 +520,10 @@ def selections_terminal(results: dict[str, Any]) -> Table:
     for place, title in enumerate(selections_header()):
         table.add_column(f" {title}", justify="left" if place == 0 else "right", no_wrap=True)
     for label, found in selections(results):
-        for number, one in enumerate(found):
-            cells = (f" {value}" for value in (one.title, one.epochs, *one.values))
-            table.add_row(Text(label if number == 0 else ""), *cells)
+        lines = [[one.title, one.epochs, *one.values] for one in found]
+        columns = zip(*lines, strict=True)
+        cells = ("\n".join(f" {value}" for value in column) for column in columns)
+        table.add_row(Text(label), *cells)  # in one row: a long label wraps beside its lines
     return table
 
 

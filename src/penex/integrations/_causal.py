@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from penex._linear import linear_penalized
-from penex._penalty import Penalty
+from penex._linear import head_loss
+from penex._penalty import PenaltyRule
 from penex.losses import PENEX
 
 LAST_LOGITS = {"logits_to_keep": 1}
@@ -83,19 +83,19 @@ class CausalHead:
             self._check(hidden[:, -1].detach(), outputs["logits"][:, -1].detach())
         return hidden[:, :-1], labels[:, 1:].to(hidden.device)
 
-    def total(self, hidden: Tensor, labels: Tensor, criterion: PENEX, penalty: Penalty) -> Tensor:
+    def total(
+        self, hidden: Tensor, labels: Tensor, criterion: PENEX, penalty: PenaltyRule
+    ) -> Tensor:
         """The sum over the tokens, 0-d, with the options of `criterion` and this penalty."""
-        return linear_penalized(
+        return head_loss(
             hidden,
             self.layer.weight,
             labels,
             self.layer.bias,
-            alpha=criterion.sensitivity,
-            penalty=penalty,
+            loss=criterion._with_penalty(penalty),
             class_weight=criterion.weight,
             ignore_index=criterion.ignore_index,
             reduction="sum",
-            huberization=criterion.huberization,
             chunk_size=None,
             vocab_group=None,
             num_classes=None,

@@ -12,7 +12,6 @@ language models, whose logits are not made in training.
 
 import copy
 import json
-import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -22,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from penex._extras import need
-from penex._penalty import PenaltySums
+from penex._penalty import CollectedPenalty, LogSums, update_penalty
 from penex.inference import fold_temperature
-from penex.losses import PENEX, _absorb, _Collecting
+from penex.losses import PENEX
 
 need("penex.integrations.huggingface", "transformers", "transformers", "accelerate")
 
@@ -182,7 +181,7 @@ class PENEXTrainer(Trainer):
         self.label_smoother = None  # it would smooth cross-entropy
         self._start = self.criterion.penalty.clone()
         # One penalty for all micro-batches of an update: they are absorbed together, at its end.
-        self._seen: list[PenaltySums] = []
+        self._seen: list[LogSums] = []
 
     def _causal_head(self) -> CausalHead | None:
         """The last layer of a causal language model; None: the model is not one."""
@@ -239,16 +238,16 @@ class PENEXTrainer(Trainer):
         seen = self._seen if learning else []
         if self._head is None:
             logits, targets = _rows(outputs, labels)
-            rule = _Collecting(self.criterion.to(logits.device), seen)
-            total = self.criterion._loss(logits, targets, rule)
+            rule = CollectedPenalty(self.criterion.to(logits.device), seen)
+            total = self.criterion._loss(logits, targets, self.criterion._with_penalty(rule))
         else:
             # Mixed precision ends at the model's output, and its last layer is used behind it.
             with self.accelerator.autocast():
                 hidden, targets = self._head.rows(outputs, _labels(labels))
-                rule = _Collecting(self.criterion.to(hidden.device), seen)
+                rule = CollectedPenalty(self.criterion.to(hidden.device), seen)
                 total = self._head.total(hidden, targets, self.criterion, rule)
         if learning and self.accelerator.sync_gradients:
-            _absorb(self.criterion, seen)
+            update_penalty(self.criterion, seen)
             seen.clear()
         return _mean(total, targets, self.criterion.weight, num_items_in_batch)
 
@@ -313,7 +312,7 @@ class PENEXTrainer(Trainer):
             penalty = self.criterion.penalty.item()
             state = {
                 "sensitivity": self.criterion.sensitivity,
-                "penalty": None if math.isnan(penalty) else penalty,
+                "penalty": penalty or None,
             }
             (folder / STATE_FILE).write_text(json.dumps(state))
         super().save_model(output_dir, _internal_call)
@@ -332,7 +331,7 @@ class PENEXTrainer(Trainer):
                 f"{self.criterion.sensitivity}"
             )
         penalty = state["penalty"]
-        self.criterion.penalty.fill_(math.nan if penalty is None else penalty)
+        self.criterion.penalty.fill_(penalty or 0.0)
 
     def save_folded(self, output_dir: str | PathLike[str], layer: str | None = None) -> None:
         """Save the model, :func:`fold`-ed, and its tokenizer or processor, for a pipeline.

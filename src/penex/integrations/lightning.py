@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from penex import functional
 from penex._extras import need
-from penex._inputs import labels_of, prepare, validate
+from penex._inputs import prepare, validate
 from penex.losses import PENEX, LogPENEX
 
 need("penex.integrations.lightning", "lightning", "lightning")
@@ -155,15 +155,15 @@ def measured(criterion: PENEX | LogPENEX, input: Tensor, target: Tensor) -> dict
     numbers, huberization = {}, None
     if isinstance(criterion, PENEX):
         numbers["penalty"], huberization = criterion.penalty.clone(), criterion.huberization
-    input, target = validate(input, target, criterion.weight, criterion.ignore_index)
-    batch = prepare(
+    input, arguments = validate(
         input,
         target,
         weight=criterion.weight,
         ignore_index=criterion.ignore_index,
         label_smoothing=criterion.label_smoothing,
     )
-    kept = batch.total > 0
+    batch = prepare(input, arguments)
+    kept = batch.row_weights > 0
     count = int(kept.sum())
     if count == 0:
         return numbers
@@ -172,23 +172,28 @@ def measured(criterion: PENEX | LogPENEX, input: Tensor, target: Tensor) -> dict
     u = -criterion.sensitivity * selected
     if huberization is not None:
         u = u.clamp(max=math.log(huberization))
-    log_weights = (u + batch.mass.log()).where(batch.mass > 0, -math.inf).logsumexp(1)[kept]
+    log_weights = (
+        (u + batch.target_weights.log())
+        .where(batch.target_weights > 0, -math.inf)
+        .logsumexp(1)[kept]
+    )
     heaviest = log_weights.max()
     relative = (log_weights - heaviest).exp()  # right even where the weights themselves overflow
     numbers["weight_mean"] = heaviest.exp() * relative.mean()
     numbers["weight_max_share"] = 1 / relative.sum()
     numbers["weight_ess"] = relative.sum() ** 2 / (count * (relative**2).sum())
 
-    soft = target.is_floating_point()
-    labels = target.argmax(1) if soft else labels_of(target, batch.logits, criterion.ignore_index)
+    labels = arguments.target
+    if labels.is_floating_point():
+        labels = labels.argmax(1)
     margins = functional.margin(batch.logits, labels.where(kept, 0))[kept]
     ordered = margins.sort().values  # kthvalue is refused on CUDA if Trainer(deterministic=True)
     numbers["margin_mean"] = margins.mean()
     numbers["margin_median"] = ordered[(count - 1) // 2]
     numbers["margin_q05"] = ordered[math.ceil(0.05 * count) - 1]
     numbers["margin_negative"] = (margins < 0).float().mean()
-    numbers["label_variance"] = _variance(selected, batch.mass)
-    numbers["partition_variance"] = _variance(batch.logits.logsumexp(1), batch.total)
+    numbers["label_variance"] = _variance(selected, batch.target_weights)
+    numbers["partition_variance"] = _variance(batch.logits.logsumexp(1), batch.row_weights)
     return numbers
 
 

@@ -76,11 +76,12 @@ def read_npz(path: Path, config: Config) -> Content:
             "train_labels, val_images, ..., as MedMNIST has them.)"
         )
     x, y = arrays["X"], arrays["y"]
-    if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
+    if x.ndim < 2 or y.shape not in ((len(x),), (len(x), 1)):
         raise CompareError(
-            f"{path}: expected X of shape (N, ...) with features and y of shape (N,); "
+            f"{path}: expected X of shape (N, ...) with features and y of shape (N,) or (N, 1); "
             f"got X of shape {x.shape} and y of shape {y.shape}."
         )
+    y = y.reshape(-1)
     if x.dtype.kind not in "biuf" or y.dtype.kind not in "biufSU":
         raise CompareError(
             f"{path}: expected X to hold real numbers and y integers or strings; "
