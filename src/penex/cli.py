@@ -64,12 +64,13 @@ def with_settings(
     """
 
     def register(function: Function) -> Function:
+        own = inspect.signature(function).parameters.values()
+
         class Command(TyperCommand):
             @cached_property
             def made(self) -> Any:
                 from penex.compare import options
 
-                own = inspect.signature(function).parameters.values()
                 parameters = [each for each in own if each.kind is not each.VAR_KEYWORD]
                 names = None if config is True else config or ()
                 parameters += options.of_config(names)

@@ -8,6 +8,7 @@ import io
 import math
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,14 +121,11 @@ def compare_losses(
         config = configure(data=name, **given, **settings)
         y = config.target if y is None else y
         dataset = in_memory(X, y, config)
-    temporary = None
-    if out is None:
-        temporary = tempfile.TemporaryDirectory(prefix="penex-")
-        out = temporary.name
+    folder = Path(tempfile.mkdtemp(prefix="penex-") if out is None else out)
     console = Console(quiet=quiet, markup=False, highlight=False)
     execution = Execution(jobs=jobs)
-    compare(config, Path(out), execution=execution, display=Display(console), dataset=dataset)
-    return Result(Path(out), temporary, dataset)
+    compare(config, folder, execution=execution, display=Display(console), dataset=dataset)
+    return Result(folder, dataset, temporary=out is None)
 
 
 def load(folder: str | Path, *, objects: Iterable[Any] = (), trust: bool = False) -> "Result":
@@ -166,13 +164,12 @@ class Result:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        temporary: "tempfile.TemporaryDirectory[str] | None" = None,
-        dataset: Dataset | None = None,
+        self, folder: Path, dataset: Dataset | None = None, *, temporary: bool = False
     ) -> None:
         self.folder = folder
-        self._temporary, self._dataset = temporary, dataset
+        self._dataset = dataset
+        if temporary:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     @property
     def is_comparison(self) -> bool:
