@@ -111,9 +111,9 @@ class Classifier:
 
     def logits(self, X: Rows) -> NDArray[np.float32]:  # noqa: N803
         """What the network says, shape (N, K)."""
-        inputs = self._prepare(X)
-        if not len(inputs):
+        if not len(X):
             return np.empty((0, len(self.classes_)), np.float32)
+        inputs = self._prepare(X)
         part = inputs, np.zeros(len(inputs), np.int64)
         batches = loader(
             part,
