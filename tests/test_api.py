@@ -85,7 +85,9 @@ def find(module: Module, name: str) -> tuple[Module, ast.stmt] | None:
 
 
 def value(module: Module, node: ast.expr) -> Text:
-    """A default; the value of a constant rather than its name."""
+    """A default; the value of a constant rather than its name; of a setting without its help."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setting", "place"):
+        return value(module, node.args[0])
     if isinstance(node, ast.Name) and (found := find(module, node.id)):
         home, definition = found
         if isinstance(definition, ast.Assign | ast.AnnAssign) and definition.value:
@@ -201,15 +203,19 @@ class Option(NamedTuple):
 
 
 def commands() -> dict[str, list[Option]]:
-    """The commands of penex by name, from the functions that define them."""
+    """The commands of penex by name, from the functions that define them.
+
+    Options that are made from settings are not among them.
+    """
     module = load("penex.cli")
     found: dict[str, list[Option]] = {}
     for node in module.defined.values():
         for decorator in node.decorator_list if isinstance(node, Function) else ():
             kind = ast.unparse(decorator)
-            if kind.startswith(("app.command(", "app.callback(")):
-                name = f"penex {node.name}" if kind.startswith("app.command") else "penex"
-                parameters = signature(module, node).parameters.values()
+            if kind.startswith(("app.command(", "app.callback(", "with_settings(")):
+                name = "penex" if kind.startswith("app.callback") else f"penex {node.name}"
+                named = signature(module, node).parameters.values()
+                parameters = [each for each in named if each.kind is not each.VAR_KEYWORD]
                 found[name] = [option(module, parameter) for parameter in parameters]
     return found
 
@@ -235,9 +241,10 @@ def snapshot() -> str:
         text.append(command)
         text += [f"{command} {'/'.join(each.names)}: {each.type}{each.default}" for each in options]
     settings = load("penex.compare.config")
-    for name, (_, node) in members(settings, settings.defined["Config"]).items():
-        if isinstance(node, ast.AnnAssign):
-            text += lines(f"settings {name}", settings, node)
+    for title, kind in (("settings", "Config"), ("execution", "Execution")):
+        for name, (_, node) in members(settings, settings.defined[kind]).items():
+            if isinstance(node, ast.AnnAssign):
+                text += lines(f"{title} {name}", settings, node)
     return "\n".join(text) + "\n"
 
 
@@ -292,12 +299,13 @@ def test_the_commands_are_those_that_typer_has() -> None:
 
     root = typer.main.get_command(app)
     known = {"penex": root} | {f"penex {name}": each for name, each in root.commands.items()}
-    real = {
-        name: [(*each.opts, *each.secondary_opts) for each in command.params if each.name != "help"]
-        for name, command in known.items()
-    }
+    context = {"penex": typer.Context(root)}
     read = {name: [option.names for option in options] for name, options in commands().items()}
-    assert {"penex": []} | read == real
+    assert known.keys() == {"penex", *read}
+    for name, command in known.items():
+        params = command.get_params(context.setdefault(name, typer.Context(command)))
+        real = [(*each.opts, *each.secondary_opts) for each in params if each.name != "help"]
+        assert real[: len(read.get(name, ()))] == read.get(name, [])
 
 
 def test_every_integration_says_what_is_public() -> None:

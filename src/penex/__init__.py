@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from penex import functional, inference, losses, metrics
+    from penex.compare.result import compare_losses, load
     from penex.functional import penex_loss
     from penex.linear import LinearLoss, LinearPENEX
     from penex.losses import PENEX, LogPENEX
@@ -20,8 +21,10 @@ __all__ = [
     "LinearPENEX",
     "LogPENEX",
     "__version__",
+    "compare_losses",
     "functional",
     "inference",
+    "load",
     "losses",
     "metrics",
     "penex_loss",
@@ -33,6 +36,8 @@ _HOME = {
     "LinearPENEX": "penex.linear",
     "LogPENEX": "penex.losses",
     "PENEX": "penex.losses",
+    "compare_losses": "penex.compare.result",
+    "load": "penex.compare.result",
     "penex_loss": "penex.functional",
 }
 

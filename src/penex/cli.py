@@ -3,14 +3,16 @@
 Nothing heavy is imported here, so that ``penex --help`` answers at once.
 """
 
+import inspect
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from penex import __version__
 from penex._extras import need
@@ -22,116 +24,94 @@ except ImportError as error:
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from penex.compare.classifier import Classifier
     from penex.compare.config import Config, Execution
 
+SHAPE: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": "markdown",
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
 app = typer.Typer(
     help="Should you still train your classifier with cross-entropy? Ask your own data.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **SHAPE,
 )
+Function = TypeVar("Function", bound=Callable[..., None])
 WIDTH_OF_A_FILE = 120
 
 
-DATA, MODEL, TRAINING, TUNING, REPORT, MACHINES = (
-    "Data",
-    "Model",
-    "Training",
-    "Tuning and selection",
-    "Report",
-    "Where runs are executed",
-)
-
-Jobs = Annotated[
-    int | None,
-    typer.Option(help="Runs at a time. (default: one for each core; one, on a GPU)", min=1),
-]
-TuneJobs = Annotated[
-    int,
-    typer.Option(
-        help="Trials of one loss at a time; above 1, proposals depend on which ends first.",
-        rich_help_panel=TUNING,
-        min=1,
-    ),
-]
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL",
-        help="Where trials are kept: sqlite:///FILE, postgresql://..., journal:///FILE. "
-        "Commands that name the same share them. (default: a journal in --out)",
-        rich_help_panel=TUNING,
-    ),
-]
-Backend = Annotated[
-    Literal["local", "ray"],
-    typer.Option(help="Processes of this machine, or a Ray cluster.", rich_help_panel=MACHINES),
-]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        help="The Ray cluster's: auto on one of its machines, else HOST:PORT or ray://... "
-        "(default: one is started here)",
-        rich_help_panel=MACHINES,
-    ),
-]
-Devices = Annotated[
-    int | None,
-    typer.Option(
-        help="Devices that share one run, on each machine. (default: 1, or as torchrun has it)",
-        rich_help_panel=MACHINES,
-        min=1,
-    ),
-]
-Nodes = Annotated[
-    int | None,
-    typer.Option(
-        help="Machines that share one run, under torchrun. (default: 1, or as torchrun has it)",
-        rich_help_panel=MACHINES,
-        min=1,
-    ),
-]
-Strategy = Annotated[
-    Literal["auto", "ddp", "fsdp"],
-    typer.Option(help="How devices share one run.", rich_help_panel=MACHINES),
-]
-Workers = Annotated[
-    int,
-    typer.Option(help="Processes that load data, for each run.", rich_help_panel=MACHINES, min=0),
-]
-Logger = Annotated[
-    str | None,
-    typer.Option(
-        help="Also log to tensorboard, wandb or both, separated by a comma. (default: no)",
-        rich_help_panel=MACHINES,
-    ),
-]
-
-
-Metric = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Test metric that the recommendation is based on: nll, accuracy, balanced_accuracy, "
-        "macro_f1, brier, ece, smooth_ece, aurc and others. (default: nll)",
-        rich_help_panel=REPORT,
-    ),
-]
-MinDifference = Annotated[
-    float | None,
-    typer.Option(
-        help="Smallest difference in --metric that matters. (default: 1 % of the value of "
-        "cross-entropy; for shares 0.005)",
-        rich_help_panel=REPORT,
-        min=0,
-    ),
-]
 Folders = Annotated[
     list[Path], typer.Argument(metavar="FOLDER...", help="Output folders of penex compare.")
+]
+
+
+def with_settings(
+    *, config: bool | tuple[str, ...] = False, execution: bool = False
+) -> Callable[[Function], Function]:
+    """Make a command of a function that takes settings as ``**options``.
+
+    Its options are made from the fields of the settings when the command is used or its own help is
+    asked for: pydantic would be a third of the time of ``penex --help``.
+
+    Args:
+        config: Whether all fields of ``Config`` that have an option are among them, or which.
+        execution: Whether those of ``Execution`` are.
+    """
+
+    def register(function: Function) -> Function:
+        own = inspect.signature(function).parameters.values()
+
+        class Command(TyperCommand):
+            @cached_property
+            def made(self) -> Any:
+                from penex.compare import options
+
+                parameters = [each for each in own if each.kind is not each.VAR_KEYWORD]
+                names = None if config is True else config or ()
+                parameters += options.of_config(names)
+                parameters += options.of_execution() if execution else ()
+                signature = inspect.Signature([
+                    each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters
+                ])  # fmt: skip
+                setattr(function, "__signature__", signature)  # noqa: B010
+                alone = typer.Typer(**SHAPE)
+                alone.command()(function)
+                return typer.main.get_command(alone)
+
+            def get_params(self, ctx: Any) -> Any:
+                return self.made.get_params(ctx)
+
+            def invoke(self, ctx: Any) -> Any:
+                return self.made.invoke(ctx)
+
+        app.command(function.__name__, help=function.__doc__, cls=Command)(lambda: None)
+        return function
+
+    return register
+
+
+LossName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Of another loss. (default: the recommended one)"),
+]
+Refit = Annotated[
+    bool,
+    typer.Option(
+        "--refit",
+        help="Train once more, on training and validation rows together; needs the data.",
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Import the modules of losses and networks that FOLDER names, which runs their code.",
+    ),
 ]
 
 
@@ -151,60 +131,12 @@ def _options(
     pass
 
 
-@app.command()
+@with_settings(config=True, execution=True)
 def compare(
     source: Annotated[
         str | None,
-        typer.Argument(
-            metavar="DATA",
-            help="Table (.csv, .tsv, .xlsx, .parquet), folder of train.csv and test.csv, arrays "
-            "(.npz), folder of images in a folder for each class, hub:OWNER/NAME for a data set of "
-            "the Hugging Face hub, or one of digits, wine, breast_cancer, iris. Default: digits "
-            "with 300 training rows.",
-            show_default=False,
-        ),
+        typer.Argument(metavar="DATA", help="The same as --data.", show_default=False),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="The same as DATA.", metavar="DATA", show_default=False)
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="Column of a table that holds the class.", show_default=False),
-    ] = None,
-    losses: Annotated[
-        str | None,
-        typer.Option(
-            help="Losses, separated by commas; penex=0.3 sets the hyperparameter. Known: "
-            "cross-entropy, label-smoothing, confidence-penalty, focal, penex. (default: all)",
-            show_default=False,
-        ),
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(help="Runs per loss, each with its own split. (default: 5)"),
-    ] = None,
-    train_size: Annotated[
-        int | None,
-        typer.Option(help="Training rows. (default: all that validation and test leave)"),
-    ] = None,
-    label_noise: Annotated[
-        float | None,
-        typer.Option(help="Share of training labels replaced by wrong ones. (default: 0)"),
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training rows. (default: 100)")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. (default: 0.001)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per step. (default: 64)")] = None,
-    tune: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="First tune the learning rate and the hyperparameter of every loss, with N "
-            "trials each. (default: 0)",
-        ),
-    ] = None,
-    jobs: Jobs = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -219,233 +151,7 @@ def compare(
             help="YAML file of settings, also those that have no option; options override it."
         ),
     ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(help="Column of a table that holds a text to classify.", rich_help_panel=DATA),
-    ] = None,
-    drop: Annotated[
-        str | None,
-        typer.Option(
-            help="Columns of a table to leave out, separated by commas. (default: none)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            help="Columns of a table to use, separated by commas. (default: all)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of a table whose rows of one value (a patient, say) stay in one part.",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    time: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of a table by which the newest rows are the test, and the newest of the "
-            "others validation.",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    validation_file: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Table of validation rows, where DATA is a table. (default: they are drawn)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    test_file: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Table of test rows, where DATA is a table. (default: they are drawn)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            help="Classes to keep, separated by commas. (default: all)", rich_help_panel=DATA
-        ),
-    ] = None,
-    min_class_rows: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Leave out classes of fewer than N rows. (default: none)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with the files of the data set, instead of a download.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    parts: Annotated[
-        Literal["given", "test", "validation-as-test", "drawn"] | None,
-        typer.Option(
-            help="Parts of the data set that are used as given: all, or the test part alone, or "
-            "validation as test, or none. (default: given)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    validation_size: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of validation rows among training and validation rows. (default: 0.2)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    test_size: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of test rows among all rows. (default: 0.25)", rich_help_panel=DATA
-        ),
-    ] = None,
-    test_split: Annotated[
-        Literal["per-seed", "once"] | None,
-        typer.Option(
-            help="Whether each seed draws its own test rows, or all share one draw. (default: "
-            "per-seed; with tuning, once)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    noise_parts: Annotated[
-        Literal["training", "training+validation"] | None,
-        typer.Option(
-            help="Parts with --label-noise. (default: training)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    noise_classes: Annotated[
-        Literal["other", "uniform"] | None,
-        typer.Option(
-            help="A replaced label is drawn from the other classes, or from all, the true one "
-            "included. (default: other)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Height and width to resize images to. (default: as they are)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    augment: Annotated[
-        str | None,
-        typer.Option(
-            help="Random changes to training images, separated by commas: flip, crop, "
-            "resized-crop, rotate. (default: none)",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="mlp, convnet, vit, vit-b-16, transformer, timm:NAME, transformers:NAME, or your "
-            "own MODULE:FUNCTION. (default: what suits the data)",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    hidden: Annotated[
-        str | None,
-        typer.Option(
-            help="Widths of the hidden layers of mlp, separated by commas. (default: 128,128)",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    optimizer: Annotated[
-        Literal["adam", "adamw", "sgd"] | None,
-        typer.Option(help="Which optimiser trains. (default: adam)", rich_help_panel=TRAINING),
-    ] = None,
-    weight_decay: Annotated[
-        float | None,
-        typer.Option(help="Weight decay of the optimiser. (default: 0)", rich_help_panel=TRAINING),
-    ] = None,
-    schedule: Annotated[
-        Literal["constant", "cosine"] | None,
-        typer.Option(
-            help="Course of the learning rate. (default: constant)", rich_help_panel=TRAINING
-        ),
-    ] = None,
-    warmup_epochs: Annotated[
-        int | None,
-        typer.Option(
-            help="Epochs in which the learning rate rises from 0. (default: 0)",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    gradient_scale: Annotated[
-        Literal["common", "own"] | None,
-        typer.Option(
-            help="common: divide each loss by the scale of its gradient, so that learning rate, "
-            "weight decay and clipping mean the same for all; own: losses as they are defined. "
-            "(default: common)",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    gradient_clip: Annotated[
-        float | None,
-        typer.Option(help="Largest norm of the gradient. (default: any)", rich_help_panel=TRAINING),
-    ] = None,
-    accumulate: Annotated[
-        int | None,
-        typer.Option(help="Batches to an optimiser step. (default: 1)", rich_help_panel=TRAINING),
-    ] = None,
-    precision: Annotated[
-        Literal["32-true", "16-mixed", "bf16-mixed"] | None,
-        typer.Option(
-            help="Numbers of the network's arithmetic. (default: 32-true)",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    compile: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Compile the network by torch.compile. (default: no)",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    tune_lr: Annotated[
-        bool | None,
-        typer.Option(
-            "--tune-lr/--no-tune-lr",
-            help="Whether --tune includes the learning rate. (default: yes)",
-            rich_help_panel=TUNING,
-        ),
-    ] = None,
-    select: Annotated[
-        Literal["refined", "nll", "accuracy", "last"] | None,
-        typer.Option(
-            help="Epoch that is used, and what --tune optimises: lowest validation NLL after "
-            "temperature scaling, lowest validation NLL, highest validation accuracy, or the "
-            "last epoch. (default: refined)",
-            rich_help_panel=TUNING,
-        ),
-    ] = None,
-    metric: Metric = None,
-    min_difference: MinDifference = None,
-    tune_jobs: TuneJobs = 1,
-    storage: Storage = None,
-    backend: Backend = "local",
-    address: Address = None,
-    devices: Devices = None,
-    nodes: Nodes = None,
-    strategy: Strategy = "auto",
-    workers: Workers = 0,
-    logger: Logger = None,
+    **options: Any,
 ) -> None:
     """Train a classifier with each loss and say which one your data prefers.
 
@@ -457,68 +163,16 @@ def compare(
     with _refusals(console):
         from penex.compare.errors import CompareError
 
-        if source is not None and data is not None:
-            raise CompareError(f"data: given twice, as {source!r} and as --data {data!r}")
-        execution = _execution(
-            jobs=jobs,
-            backend=backend,
-            address=address,
-            devices=devices,
-            nodes=nodes,
-            strategy=strategy,
-            workers=workers,
-            loggers=_words(logger),
-            storage=storage,
-            tune_jobs=tune_jobs,
-        )
-        from penex.compare.config import configure
+        if source is not None and options["data"] is not None:
+            raise CompareError(
+                f"data: given twice, as {source!r} and as --data {options['data']!r}"
+            )
+        execution = _execution(options)
+        from penex.compare.config import Config, configure
+        from penex.compare.options import given
 
-        settings = configure(
-            config,
-            data=data if source is None else source,
-            data_dir=None if data_dir is None else str(data_dir),
-            target=target,
-            text=text,
-            drop=_words(drop),
-            keep=_words(keep),
-            group=group,
-            time=time,
-            validation_file=validation_file,
-            test_file=test_file,
-            classes=_words(classes),
-            min_class_rows=min_class_rows,
-            parts=parts,
-            train_size=train_size,
-            validation_size=validation_size,
-            test_size=test_size,
-            test_split=test_split,
-            label_noise=label_noise,
-            noise_parts=noise_parts,
-            noise_classes=noise_classes,
-            image_size=image_size,
-            augment=_words(augment),
-            model=model,
-            hidden=_words(hidden),
-            losses=_words(losses),
-            seeds=seeds,
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            warmup_epochs=warmup_epochs,
-            gradient_clip=gradient_clip,
-            gradient_scale=gradient_scale,
-            precision=precision,
-            compile=compile,
-            tune=tune,
-            tune_lr=tune_lr,
-            select=select,
-            metric=metric,
-            min_difference=min_difference,
-        )
+        place = {} if source is None else {"data": source}
+        settings = configure(config, **given(options, Config) | place)
         from penex.compare.data import short_name
         from penex.compare.display import Display
         from penex.compare.ranks import leads
@@ -531,14 +185,13 @@ def compare(
             _report(console, out)
 
 
-@app.command()
+@with_settings(config=("metric", "min_difference"))
 def report(
     folders: Folders,
     out: Annotated[Path, typer.Option(help="Folder for the page of several comparisons.")] = Path(
         "penex-report"
     ),
-    metric: Metric = None,
-    min_difference: MinDifference = None,
+    **options: Any,
 ) -> None:
     """Rebuild tables and report.html from the saved files of a comparison, finished or not.
 
@@ -547,7 +200,6 @@ def report(
     """
     console = _console()
     with _refusals(console):
-        options = {"metric": metric, "min_difference": min_difference}
         if len(folders) == 1:
             _report(console, folders[0], **options)
         else:
@@ -626,6 +278,86 @@ def attack(
 
 
 @app.command()
+def predict(
+    folder: Annotated[
+        Path, typer.Argument(help="Output folder of penex compare, or a saved classifier.")
+    ],
+    rows: Annotated[
+        Path,
+        typer.Argument(
+            help="New rows: a table; texts in a table or one a line (.txt); an image or a folder "
+            "of images; or an array (.npy, or X of an .npz)."
+        ),
+    ],
+    loss: LossName = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="CSV file for classes and probabilities. (default: print them)"),
+    ] = None,
+    refit: Refit = False,
+    trust: Trust = False,
+) -> None:
+    """Predict the classes of new rows with the network of the recommended loss.
+
+    Neither the data nor the folder's place has to be what it was.
+    """
+    console = _console()
+    with _refusals(console):
+        from penex.compare.rows import read_rows
+
+        classifier = _classifier(folder, loss, refit=refit, trust=trust)
+        names, features = read_rows(rows, classifier.description)
+        content = classifier.frame(features, names).to_csv(index=False)
+        if out is None:
+            typer.echo(content, nl=False)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(content, encoding="utf-8")
+            console.print(f"{len(names)} rows by {classifier!r}: {out}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: Annotated[
+        Path, typer.Argument(help="Output folder of penex compare, or a saved classifier.")
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TARGET",
+            help="An ONNX file (.onnx), from rows to probabilities; or a folder, for penex predict "
+            "elsewhere.",
+        ),
+    ],
+    loss: LossName = None,
+    refit: Refit = False,
+    trust: Trust = False,
+) -> None:
+    """Write the network of the recommended loss to a file or folder of its own."""
+    console = _console()
+    with _refusals(console):
+        classifier = _classifier(folder, loss, refit=refit, trust=trust)
+        if target.suffix.lower() == ".onnx":
+            what = classifier.export(target)
+            console.print(f"{target}: {classifier!r}; its input is {what}", soft_wrap=True)
+        else:
+            classifier.save(target)
+            console.print(f"{target}: {classifier!r}", soft_wrap=True)
+
+
+def _classifier(folder: Path, loss: str | None, *, refit: bool, trust: bool) -> "Classifier":
+    from penex.compare.errors import CompareError
+    from penex.compare.result import load
+
+    result = load(folder, trust=trust)
+    if (loss is not None or refit) and not result.is_comparison:
+        raise CompareError(f"{folder} holds one classifier; leave out --loss and --refit")
+    if refit:
+        return result.refit(loss=loss)
+    return result.best if loss is None else result.model(loss)
+
+
+@with_settings(execution=True)
 def reproduce(
     name: Annotated[
         str | None,
@@ -671,16 +403,7 @@ def reproduce(
             "published protocol does not. (default: 0)",
         ),
     ] = None,
-    jobs: Jobs = None,
-    storage: Storage = None,
-    tune_jobs: TuneJobs = 1,
-    backend: Backend = "local",
-    address: Address = None,
-    devices: Devices = None,
-    nodes: Nodes = None,
-    strategy: Strategy = "auto",
-    workers: Workers = 0,
-    logger: Logger = None,
+    **options: Any,
 ) -> None:
     """Run an experiment of the paper, and show its numbers beside the published ones.
 
@@ -699,25 +422,15 @@ def reproduce(
         if name is None:
             raise CompareError(f"reproduce: name a preset, one of {', '.join(NAMES)}")
         facts = preset(name)
-        execution = _execution(
-            jobs=jobs,
-            backend=backend,
-            address=address,
-            devices=devices,
-            nodes=nodes,
-            strategy=strategy,
-            workers=workers,
-            loggers=_words(logger),
-            storage=storage,
-            tune_jobs=tune_jobs,
-        )
+        execution = _execution(options)
         folder = Path("penex-reproduce") / name if out is None else out
 
         from penex.compare.display import Display
+        from penex.compare.options import words
         from penex.compare.reproduce import reproduce as run
 
         configs = facts.configs(
-            smoke=smoke, losses=_words(losses), seeds=seeds, epochs=epochs, tune=tune
+            smoke=smoke, losses=words(losses), seeds=seeds, epochs=epochs, tune=tune
         )
         console.print(f"{facts.title} (paper: {facts.paper}); results in {folder}", soft_wrap=True)
         for experiment, config in configs.items():
@@ -805,22 +518,19 @@ def main() -> None:
     app()
 
 
-def _words(text: str | None) -> list[str] | None:
-    return None if text is None else [word.strip() for word in text.split(",")]
-
-
-def _execution(**options: Any) -> "Execution":
+def _execution(options: dict[str, Any]) -> "Execution":
     """Where runs are executed; if several devices are to share one, under torchrun from here on.
 
     Options that are None take the default, or what torchrun has decided.
     """
     from penex.compare.config import Execution
     from penex.compare.errors import CompareError
+    from penex.compare.options import given
     from penex.compare.ranks import machines, start
 
-    given = {name: value for name, value in options.items() if value is not None}
     devices, nodes = machines()
-    execution = Execution(**({"jobs": None, "devices": devices, "nodes": nodes} | given))
+    defaults = {"jobs": None, "devices": devices, "nodes": nodes}
+    execution = Execution(**defaults | given(options, Execution))
     for name in execution.loggers:
         if name not in ("tensorboard", "wandb"):
             raise CompareError(f"logger: expected tensorboard or wandb, got {name!r}")

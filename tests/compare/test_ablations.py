@@ -27,6 +27,7 @@ from penex.compare.ablations import (
     scheduled_sensitivity,
     sum_to_zero,
 )
+from penex.compare.bundle import read_network
 from penex.compare.store import checkpoint_file, read_logits, run_folder
 
 LOGITS = 2 * torch.randn(7, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -331,9 +332,7 @@ def test_a_run_takes_the_steps_and_keeps_the_constraint(
     losses = ("conex-hard", "conex-lagrangian", "penex-linear-schedule=0.3", "penex=0.3")
     folder = make(tmp_path / "out", losses=losses, seeds=1)
     paths = {spec: checkpoint_file(run_folder(folder, spec, 0), 3) for spec in losses}
-    states = {
-        spec: torch.load(path, weights_only=True)["criterion"] for spec, path in paths.items()
-    }
+    states = {spec: read_network(path)["criterion"] for spec, path in paths.items()}
     assert states["penex-linear-schedule=0.3"]["step"] == 6
     assert states["conex-lagrangian"]["multiplier"] != 0
     assert states["conex-lagrangian"]["rows"] == 0

@@ -95,7 +95,7 @@ def test_values_out_of_range_are_refused(options: dict[str, Any], name: str, got
 def test_unknown_setting(tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text("epoch: 3\n")
-    with pytest.raises(CompareError, match=r"^epoch: unknown setting; known: data, .*epochs, "):
+    with pytest.raises(CompareError, match=r"^epoch: unknown setting. Did you mean 'epochs'\? Known: data, .*epochs, "):
         configure(path)
 
 

@@ -204,12 +204,12 @@ def text_model(texts: list[str], **options: Any) -> tuple[TextTransformer, Vocab
 
 def test_a_vocabulary_is_of_the_training_texts() -> None:
     texts = ["The cat, the CAT!", "a dog", "the dog ran"]
-    vocabulary = Vocabulary(texts, size=6, max_length=4)
+    vocabulary = Vocabulary.of_texts(texts, size=6, max_length=4)
     assert vocabulary.words == {"the": 2, "cat": 3, "dog": 4, "!": 5}
     assert len(vocabulary) == 6
     tokens = vocabulary(["the mouse ran!", "the " * 9, "", " \n"])
     assert [list(t) for t in tokens] == [[2, 1, 1, 5], [2, 2, 2, 2], [1], [1]]
-    assert Vocabulary(texts[::-1], size=6, max_length=4).words == vocabulary.words
+    assert Vocabulary.of_texts(texts[::-1], size=6, max_length=4).words == vocabulary.words
 
 
 def test_padding_changes_nothing() -> None:
@@ -262,7 +262,7 @@ def test_a_function_of_the_user(module: str) -> None:
     assert model(batch(pictures(), None)).shape == (4, 3)
     resolve(f"{module}:small", sentences()).build(sentences().features, 3)
     shape, *_ = sys.modules[module].seen[-1]
-    assert shape == (len(Vocabulary(sentences().features.texts, size=9999, max_length=9)),)
+    assert shape == (len(Vocabulary.of_texts(sentences().features.texts, size=9999, max_length=9)),)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.testing import CliRunner
@@ -22,6 +23,7 @@ from waiting import GUARD, wait_until
 from penex import cli
 from penex.compare import plots, report
 from penex.compare.analysis import curves, summarize
+from penex.compare.bundle import read_network
 from penex.compare.config import Config
 from penex.compare.data import load
 from penex.compare.errors import CompareError
@@ -62,11 +64,15 @@ def assert_same_runs(one: Path, other: Path) -> None:
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], err_msg=f"{run} {name}")
-        names, others = ({path.name for path in (f / run).glob("*.ckpt")} for f in (one, other))
+        names, others = (
+            {path.name for path in (f / run).glob("*.safetensors")} for f in (one, other)
+        )
         assert names == others
         for name in names:
             x, y = (
-                torch.load(folder / run / name, weights_only=True)["state_dict"]
+                read_network(folder / run / name)["network"]
+                if name.startswith("epoch")
+                else load_file(folder / run / name)
                 for folder in (one, other)
             )
             assert x.keys() == y.keys()
@@ -171,8 +177,8 @@ def test_a_run_says_what_its_logits_say(make: Make, tmp_path: Path) -> None:
             selected |= epochs
             stored = {name.removeprefix("test_") for name in logits if name.startswith("test_")}
             assert stored - {"target"} == {str(epoch) for epoch in epochs}
-            assert {path.name for path in where.glob("*.ckpt")} == {
-                f"epoch-{epoch}.ckpt" for epoch in epochs
+            assert {path.name for path in where.glob("epoch-*")} == {
+                f"epoch-{epoch}.safetensors" for epoch in epochs
             }
             parts = split(load(config), seed=seed, config=config)
             for part in ("validation", "test"):

@@ -19,6 +19,7 @@ need(
     "pyarrow",
     "pydantic",
     "rich",
+    "safetensors",
     "scikit_posthocs",
     "scipy",
     "skrub",

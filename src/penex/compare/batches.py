@@ -11,10 +11,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from penex.compare.errors import CompareError
 from penex.compare.images import Images
+from penex.compare.models import row_shape
 from penex.compare.networks import Encoder
 from penex.compare.splits import Inputs, Part
 
 Rows = NDArray[np.int64]
+
+
+def evaluation_rows(inputs: Inputs) -> int:
+    """Rows that go through the network at once where nothing is learnt."""
+    if isinstance(inputs, list):
+        return 64
+    return 4096 if len(row_shape(inputs)) == 1 else 128
 
 
 class Batches(Sampler[Rows]):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
+from penex.compare.bundle import read_network
 from penex.compare.config import Config
 from penex.compare.data import load
 from penex.compare.dataset import Dataset
@@ -114,12 +115,10 @@ def load_model(
         raise CompareError(f"{folder} has no network for the selection {epoch!r}: the run diverged")
     path = checkpoint_file(folder, selected)
     try:
-        weights = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
-        model.load_state_dict(weights)
-    except Exception as error:  # a damaged archive raises anything from zipfile, pickle and torch
+        model.load_state_dict(read_network(path)["network"])
+    except RuntimeError as error:
         raise CompareError(
-            f"{path} is damaged, or of another network; remove {folder} and run the comparison "
-            "again"
+            f"{path} is of another network; remove {folder} and run the comparison again"
         ) from error
     loss = contender(spec).loss
     constrain = loss.constrain

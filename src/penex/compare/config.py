@@ -1,9 +1,10 @@
 """What a comparison is made of: validated once, written down, and the same on every restart."""
 
+import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import yaml
 from pydantic import (
@@ -16,12 +17,88 @@ from pydantic import (
     model_validator,
 )
 
-from penex.compare.errors import CompareError, named
+from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.registry import DEFAULT_LOSSES, contender
+from penex.compare.userobjects import NAME, admit, registered
 from penex.metrics import METRICS
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+MAIN = ""
+"""The panel of a command's help that needs no title."""
+DATA, MODEL, TRAINING, TUNING, REPORT, MACHINES = (
+    "Data",
+    "Model",
+    "Training",
+    "Tuning and selection",
+    "Report",
+    "Where runs are executed",
+)
+_DEFAULT = "the default itself"
+
+
+class Shown(TypedDict, total=False):
+    """How a setting is shown as an option of a command.
+
+    Attributes:
+        panel: Of the command's help; None: in files alone, there is no option.
+        shown: The default in words; None: not shown.
+        metavar: What stands for the value.
+        least: The smallest value that is accepted.
+        name: Of the option, where it is not that of the setting.
+    """
+
+    help: str
+    panel: str | None
+    shown: str | None
+    metavar: str | None
+    least: int | None
+    name: str | None
+
+
+def _shown(default: Any, **how: Any) -> Shown:
+    if how.get("shown") == _DEFAULT:
+        how["shown"] = _in_words(default)
+    return cast("Shown", how)
+
+
+def _in_words(default: Any) -> str | None:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return None if default is None else str(default)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    panel: str | None = MAIN,
+    shown: str | None = _DEFAULT,
+    metavar: str | None = None,
+) -> Any:
+    """A field of :class:`Config` and an option of the command; see :class:`Shown`."""
+    how = _shown(default, help=help, panel=panel, shown=shown, metavar=metavar)
+    return Field(default, description=help, json_schema_extra={"option": cast("Any", how)})
+
+
+def place(
+    default: Any,
+    help: str,
+    *,
+    panel: str = MACHINES,
+    shown: str | None = _DEFAULT,
+    metavar: str | None = None,
+    least: int | None = None,
+    name: str | None = None,
+) -> Any:
+    """A field of :class:`Execution` and an option of the command; see :class:`Shown`."""
+    how = _shown(
+        default, help=help, panel=panel, shown=shown, metavar=metavar, least=least, name=name
+    )
+    return field(default=default, metadata=how)
 
 
 class Config(BaseModel):
@@ -30,107 +107,219 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # Data
-    data: str = "digits"
-    data_dir: str | None = None
-    """Folder with the Parquet files of the data set that `data` names on the hub."""
-    target: str | None = None
-    text: str | None = None
-    """Column of a table that holds the text to classify; the other columns are left out."""
-    drop: tuple[str, ...] | None = None
-    """Columns of a table that are no features."""
-    keep: tuple[str, ...] | None = None
-    """The only columns of a table that are features; None: all but those of other settings."""
-    group: str | None = None
-    """Column of a table whose rows of one value (a patient, say) stay together in one part. It is
-    no feature."""
-    time: str | None = None
-    """Column of a table with dates or numbers by which the newest rows are the test, and the newest
-    of the others validation. It is no feature."""
-    validation_file: str | None = None
-    """A table of validation rows, beside the one that `data` names."""
-    test_file: str | None = None
-    """A table of test rows, beside the one that `data` names."""
-    classes: tuple[str, ...] | None = None
-    """Names of the classes to keep."""
-    min_class_rows: Positive | None = None
-    """Classes of fewer rows are left out; None: they are refused where parts need more."""
-    parts: Literal["given", "test", "validation-as-test", "drawn"] = "given"
-    """Which parts that the data comes with are used: all; the test part alone, validation being
-    drawn from all other rows; the validation part as test, the real one (without labels, say)
-    being left out; none, all parts being drawn from all rows."""
-    train_size: Positive | None = None
-    validation_size: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    test_size: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    test_split: Literal["per-seed", "once"] | None = None
-    """Whether test rows that are drawn differ between seeds or are the same for all; training and
-    validation rows always differ. None: per seed, but once with tuning, which would otherwise have
-    seen test rows of other seeds."""
-    label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the rows of `noise_parts` whose label is replaced."""
-    noise_parts: Literal["training", "training+validation"] = "training"
-    """The parts with label noise. Test labels never have any."""
-    noise_classes: Literal["other", "uniform"] = "other"
-    """The new label: drawn from the other K - 1 classes, or from all K including the true one, so
-    that a share 1 / K of the replaced labels stays right."""
-    image_size: Positive | None = None
-    """Images are resized to this height and width; None: as they come, and all alike."""
-    augment: tuple[Literal["flip", "crop", "resized-crop", "rotate"], ...] = ()
-    """Random changes to training images that keep the label."""
+    data: str = setting(
+        "digits",
+        "Table (.csv, .tsv, .xlsx, .parquet), folder of train.csv and test.csv, arrays (.npz), "
+        "folder of images in a folder for each class, hub:OWNER/NAME for a data set of the Hugging "
+        "Face hub, or one of digits, wine, breast_cancer, iris. Default: digits with 300 training "
+        "rows.",
+    )
+    target: str | None = setting(None, "Column of a table that holds the class.")
+    losses: tuple[str, ...] = setting(
+        DEFAULT_LOSSES,
+        f"Losses, separated by commas; penex=0.3 sets the hyperparameter, "
+        "penex(penalty_mode=auto) any option, MODULE:NAME is a loss of your own. Known: "
+        f"{', '.join(DEFAULT_LOSSES)} (the default), and for ablations others.",
+        shown=None,
+    )
+    seeds: Annotated[int, Field(ge=1, le=1000)] = setting(
+        5, "Runs per loss, each with its own split."
+    )
+    train_size: Positive | None = setting(
+        None, "Training rows.", shown="all that validation and test leave"
+    )
+    label_noise: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, "Share of the rows of --noise-parts whose label is replaced."
+    )
+    epochs: Positive = setting(100, "Passes over the training rows.")
+    lr: PositiveFloat = setting(1e-3, "Learning rate.")
+    batch_size: Positive = setting(64, "Rows per step.")
+    tune: Annotated[int, Field(ge=0)] = setting(
+        0,
+        "First tune the learning rate and the hyperparameter of every loss, with N trials each.",
+        metavar="N",
+    )
+    text: str | None = setting(
+        None,
+        "Column of a table that holds the text to classify; the other columns are left out.",
+        panel=DATA,
+    )
+    drop: tuple[str, ...] | None = setting(
+        None, "Columns of a table to leave out, separated by commas.", panel=DATA, shown="none"
+    )
+    keep: tuple[str, ...] | None = setting(
+        None, "Columns of a table to use, separated by commas.", panel=DATA, shown="all"
+    )
+    group: str | None = setting(
+        None,
+        "Column of a table whose rows of one value (a patient, say) stay in one part. It is no "
+        "feature.",
+        panel=DATA,
+    )
+    time: str | None = setting(
+        None,
+        "Column of a table with dates or numbers by which the newest rows are the test, and the "
+        "newest of the others validation. It is no feature.",
+        panel=DATA,
+    )
+    validation_file: str | None = setting(
+        None,
+        "Table of validation rows, where DATA is a table.",
+        panel=DATA,
+        shown="they are drawn",
+        metavar="FILE",
+    )
+    test_file: str | None = setting(
+        None,
+        "Table of test rows, where DATA is a table.",
+        panel=DATA,
+        shown="they are drawn",
+        metavar="FILE",
+    )
+    classes: tuple[str, ...] | None = setting(
+        None, "Classes to keep, separated by commas.", panel=DATA, shown="all"
+    )
+    min_class_rows: Positive | None = setting(
+        None,
+        "Leave out classes of fewer than N rows, which are refused where parts need more.",
+        panel=DATA,
+        shown="none",
+        metavar="N",
+    )
+    data_dir: str | None = setting(
+        None,
+        "Folder with the files of the data set that DATA names, instead of a download.",
+        panel=DATA,
+    )
+    parts: Literal["given", "test", "validation-as-test", "drawn"] = setting(
+        "given",
+        "Parts that the data comes with and that are used: all; the test part alone, validation "
+        "being drawn from all other rows; the validation part as test, the real one (without "
+        "labels, say) being left out; or none, all parts being drawn from all rows.",
+        panel=DATA,
+    )
+    validation_size: Annotated[float, Field(gt=0, lt=1)] = setting(
+        0.2, "Share of validation rows among training and validation rows.", panel=DATA
+    )
+    test_size: Annotated[float, Field(gt=0, lt=1)] = setting(
+        0.25, "Share of test rows among all rows.", panel=DATA
+    )
+    test_split: Literal["per-seed", "once"] | None = setting(
+        None,
+        "Whether each seed draws its own test rows, or all share one draw; training and validation "
+        "rows always differ. Tuning would otherwise have seen test rows of other seeds.",
+        panel=DATA,
+        shown="per-seed; with tuning, once",
+    )
+    noise_parts: Literal["training", "training+validation"] = setting(
+        "training", "Parts with --label-noise. Test labels never have any.", panel=DATA
+    )
+    noise_classes: Literal["other", "uniform"] = setting(
+        "other",
+        "A replaced label is drawn from the other K - 1 classes; or from all K, including the true "
+        "one, so that a share 1 / K of the replaced labels stays right.",
+        panel=DATA,
+    )
+    image_size: Positive | None = setting(
+        None,
+        "Height and width to resize images to.",
+        panel=DATA,
+        shown="as they are, and all alike",
+    )
+    augment: tuple[Literal["flip", "crop", "resized-crop", "rotate"], ...] = setting(
+        (),
+        "Random changes to training images that keep the label, separated by commas: flip, crop, "
+        "resized-crop, rotate.",
+        panel=DATA,
+        shown="none",
+    )
 
     # Model
-    model: str | None = None
-    """None: mlp for numbers, convnet for images, transformer for text."""
-    hidden: tuple[Positive, ...] = (128, 128)
-    model_options: dict[str, JsonValue] = {}
+    model: str | None = setting(
+        None,
+        "mlp, convnet, vit, vit-b-16, transformer, timm:NAME, transformers:NAME, or your own "
+        "MODULE:FUNCTION.",
+        panel=MODEL,
+        shown="mlp for numbers, convnet for images, transformer for text",
+    )
+    hidden: tuple[Positive, ...] = setting(
+        (128, 128), "Widths of the hidden layers of mlp, separated by commas.", panel=MODEL
+    )
+    model_options: dict[str, JsonValue] = setting(
+        {}, "What else can be set about the model.", panel=None
+    )
 
     # Training
-    losses: tuple[str, ...] = DEFAULT_LOSSES
-    seeds: Annotated[int, Field(ge=1, le=1000)] = 5
-    epochs: Positive = 100
-    lr: PositiveFloat = 1e-3
-    lr_of: dict[str, PositiveFloat] = {}
-    """Learning rates of single losses, by their name in `losses`, in place of `lr`."""
-    batch_size: Positive = 64
-    accumulate: Positive = 1
-    """Batches to an optimiser step."""
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """sgd has momentum 0.9."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    gradient_clip: PositiveFloat | None = None
-    """Largest norm of the gradient of all parameters together."""
-    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
-    compile: bool = False
-    gradient_scale: Literal["common", "own"] = "common"
-    """common: every loss is divided by the scale of its gradient, so that learning rate, weight
-    decay and clipping mean the same for all of them. own: losses as they are defined, as in the
-    paper."""
+    lr_of: dict[str, PositiveFloat] = setting(
+        {},
+        "Learning rates of single losses, by their name in `losses`, in place of `lr`.",
+        panel=None,
+    )
+    optimizer: Literal["adam", "adamw", "sgd"] = setting(
+        "adam", "Which optimiser trains; sgd has momentum 0.9.", panel=TRAINING
+    )
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = setting(
+        0.0, "Weight decay of the optimiser.", panel=TRAINING
+    )
+    schedule: Literal["constant", "cosine"] = setting(
+        "constant", "Course of the learning rate.", panel=TRAINING
+    )
+    warmup_epochs: Annotated[int, Field(ge=0)] = setting(
+        0, "Epochs in which the learning rate rises from 0.", panel=TRAINING
+    )
+    gradient_scale: Literal["common", "own"] = setting(
+        "common",
+        "common: divide each loss by the scale of its gradient, so that learning rate, weight "
+        "decay and clipping mean the same for all; own: losses as they are defined, as in the "
+        "paper.",
+        panel=TRAINING,
+    )
+    gradient_clip: PositiveFloat | None = setting(
+        None,
+        "Largest norm of the gradient of all parameters together.",
+        panel=TRAINING,
+        shown="any",
+    )
+    accumulate: Positive = setting(1, "Batches to an optimiser step.", panel=TRAINING)
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = setting(
+        "32-true", "Numbers of the network's arithmetic.", panel=TRAINING
+    )
+    compile: bool = setting(False, "Compile the network by torch.compile.", panel=TRAINING)
 
     # Tuning and selection
-    tune: Annotated[int, Field(ge=0)] = 0
-    tune_lr: bool = True
-    select: Literal["refined", "nll", "accuracy", "last"] = "refined"
-    """How an epoch is selected, by validation rows: the lowest NLL after temperature scaling, the
-    lowest NLL, the highest accuracy, or the last epoch. Tuning minimises the same quantity (for
-    "last", the NLL of the last epoch), and the recommendation is based on it."""
+    tune_lr: bool = setting(True, "Whether --tune includes the learning rate.", panel=TUNING)
+    select: Literal["refined", "nll", "accuracy", "last"] = setting(
+        "refined",
+        "How an epoch is selected, by validation rows: the lowest NLL after temperature scaling, "
+        "the lowest NLL, the highest accuracy, or the last epoch. Tuning minimises the same "
+        'quantity (for "last", the NLL of the last epoch), and the recommendation is based on it.',
+        panel=TUNING,
+    )
 
     # Report
-    metric: str = "nll"
-    """The metric by which losses are ranked, one of :data:`penex.metrics.METRICS`."""
-    min_difference: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """The smallest difference in `metric` that matters. None: 1 % of the value of cross-entropy,
-    or 0.5 percentage points of a metric shown in percent."""
+    metric: str = setting(
+        "nll",
+        "Test metric by which losses are ranked: nll, accuracy, balanced_accuracy, macro_f1, "
+        "brier, ece, smooth_ece, aurc and others.",
+        panel=REPORT,
+        metavar="NAME",
+    )
+    min_difference: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = setting(
+        None,
+        "Smallest difference in --metric that matters.",
+        panel=REPORT,
+        shown="1 % of the value of cross-entropy; for metrics in percent 0.5 points",
+    )
 
     @field_validator("losses")
     @classmethod
     def _known_losses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("expected at least one loss")
-        labels = [contender(spec).label for spec in value]
-        if len(set(labels)) < len(labels):
+        losses = [contender(spec) for spec in value]
+        if len({each.label for each in losses}) < len(losses):
             raise ValueError(f"a loss is named twice in {', '.join(value)}")
-        return value
+        return tuple(each.spec for each in losses)
 
     @field_validator("metric")
     @classmethod
@@ -178,18 +367,9 @@ class Config(BaseModel):
         Losses and seeds may be added later, with learning rates of their own, and the report may
         change; the data is identified by its content, not by its path.
         """
-        variable = {
-            "losses",
-            "lr_of",
-            "seeds",
-            "data",
-            "data_dir",
-            "target",
-            "text",
-            "group",
-            "time",
-        }
-        variable |= {"drop", "keep", "min_class_rows", "validation_file", "test_file"}
+        variable = {"losses", "lr_of", "seeds", "data", "data_dir", "target", "text"}
+        variable |= {"drop", "keep", "group", "time", "min_class_rows"}
+        variable |= {"validation_file", "test_file"}
         variable |= {"metric", "min_difference"}
         if not self.tune:
             variable.add("select")
@@ -215,24 +395,55 @@ def check_metric(name: str) -> None:
 class Execution:
     """Where and how runs are executed: nothing in it decides a number of a single-device run."""
 
-    jobs: int | None = 1
-    """Runs at a time; None: one for each core of this machine, one alone if it has a GPU, or as
-    many as there are GPUs (else cores) on the Ray cluster."""
-    backend: Literal["local", "ray"] = "local"
-    address: str | None = None
-    """Of the Ray cluster; None: one started on this machine."""
-    devices: int = 1
-    """Devices that share one run, on each of `nodes` machines; above 1 needs `strategy`."""
-    nodes: int = 1
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    workers: int = 0
-    """Processes that load data, for each run."""
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Besides curve.csv, which is always written."""
-    storage: str | None = None
-    """URL of the Optuna storage; None: a journal file in the output folder."""
-    tune_jobs: int = 1
-    """Trials of one loss at a time; above 1, what is proposed depends on which one ends first."""
+    jobs: int | None = place(
+        1,
+        "Runs at a time.",
+        panel=MAIN,
+        least=1,
+        shown="one for each core, one alone with a GPU; on Ray one for each GPU, else core",
+    )
+    tune_jobs: int = place(
+        1,
+        "Trials of one loss at a time; above 1, proposals depend on which ends first.",
+        panel=TUNING,
+        least=1,
+    )
+    storage: str | None = place(
+        None,
+        "URL where trials are kept: sqlite:///FILE, postgresql://..., journal:///FILE. Commands "
+        "that name the same share them.",
+        panel=TUNING,
+        shown="a journal in the output folder",
+        metavar="URL",
+    )
+    backend: Literal["local", "ray"] = place(
+        "local", "Processes of this machine, or a Ray cluster."
+    )
+    address: str | None = place(
+        None,
+        "The Ray cluster's: auto on one of its machines, else HOST:PORT or ray://...",
+        shown="one is started here",
+    )
+    devices: int = place(
+        1,
+        "Devices that share one run, on each machine; above 1 --strategy says how.",
+        least=1,
+        shown="1, or as torchrun has it",
+    )
+    nodes: int = place(
+        1,
+        "Machines that share one run, under torchrun.",
+        least=1,
+        shown="1, or as torchrun has it",
+    )
+    strategy: Literal["auto", "ddp", "fsdp"] = place("auto", "How devices share one run.")
+    workers: int = place(0, "Processes that load data, for each run.", least=0)
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = place(
+        (),
+        "Also log to tensorboard, wandb or both, separated by a comma; curve.csv is kept anyway.",
+        shown="no",
+        name="logger",
+    )
 
 
 @dataclass(frozen=True)
@@ -258,6 +469,7 @@ def configure(path: Path | None = None, **options: Any) -> Config:
     if "data" not in values:
         # The demonstration: little data is where losses differ.
         values = {"train_size": 300} | values
+    admit_losses(values.get("losses"))  # named by the user, not by a received folder
     try:
         return Config(**values)
     except ValidationError as error:
@@ -266,10 +478,27 @@ def configure(path: Path | None = None, **options: Any) -> Config:
         name = ".".join([named(str(head)), *map(str, rest)])
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = f"unknown setting; known: {', '.join(Config.model_fields)}"
+            known = Config.model_fields
+            message = f"unknown setting.{did_you_mean(name, known)} Known: {', '.join(known)}"
         elif not message.startswith(name):
             message = f"{message}, got {first['input']!r}"
         raise CompareError(message if message.startswith(name) else f"{name}: {message}") from None
+
+
+def admit_losses(losses: Any) -> None:
+    """Import the losses of the user's own among some names, and check them.
+
+    Raises:
+        CompareError: One cannot be imported, or trained with.
+    """
+    for spec in losses if isinstance(losses, list | tuple) else ():
+        name = re.split(r"[=(]", str(spec))[0].strip()
+        if NAME.fullmatch(name) or registered(name) is not None:
+            from penex.compare.userlosses import check  # torch
+
+            if registered(name) is None:
+                admit(name, "losses")
+            check(contender(str(spec)).loss)
 
 
 def _read(path: Path) -> dict[str, Any]:

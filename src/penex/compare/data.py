@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from penex.compare.config import Config
-from penex.compare.dataset import Content, Dataset, Texts, did_you_mean, listed
-from penex.compare.errors import CompareError, named
+from penex.compare.dataset import Content, Dataset, Texts, listed
+from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.images import Images
 from penex.compare.sources.arrays import BUNDLED, read_bundled, read_npz, two_gaussians
 from penex.compare.sources.download import DOWNLOADS, read_pathmnist, read_sonar
@@ -76,6 +76,15 @@ def load(config: Config) -> Dataset:
         name, content = _read(config)
     except OSError as error:  # what no reader expects: no permission, a file that has just gone
         raise CompareError(f"cannot read {config.data}: {error}.") from error
+    return checked(name, content, config)
+
+
+def checked(name: str, content: Content, config: Config) -> Dataset:
+    """The data set of what a source holds, of its classes those that `config` keeps.
+
+    Raises:
+        CompareError: They are too few, or have too few rows.
+    """
     if config.classes is not None:
         content = _of_classes(content, config.classes, config.data)
     if config.min_class_rows is not None:

@@ -1,12 +1,12 @@
 """What every source gives, and the checks that are the same for all of them."""
 
-import difflib
 import lzma
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ class Texts:
         return [self.texts[row] for row in rows]
 
 
+ClassType = Literal["str", "int", "float", "bool"]
 Features = npt.NDArray[np.float32] | pd.DataFrame | Images | Texts
 
 
@@ -65,6 +66,7 @@ class Dataset:
         time: int64 rank of each row in time, of shape (N,), or None: the newest rows are the test.
         left_out: Columns of a table that are no features, with the reason.
         notes: What the user should know of how it was read, a sentence each.
+        class_type: What the class names were before they became text.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Dataset:
     time: npt.NDArray[np.int64] | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    class_type: ClassType = "str"
 
 
 @dataclass(frozen=True)
@@ -201,10 +204,3 @@ def listed(names: Iterable[object], most: int = 20) -> str:
     quoted = [repr(str(name)) for name in names]
     more = f", ... ({len(quoted)} in all)" if len(quoted) > most else ""
     return (", ".join(quoted[:most]) or "none") + more
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest names, case aside, or nothing."""
-    by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=3)
-    return f" Did you mean {' or '.join(repr(by_lower[name]) for name in near)}?" if near else ""

@@ -1,5 +1,8 @@
 """The one error of the comparison that is meant for the person at the keyboard."""
 
+import difflib
+from collections.abc import Iterable
+
 IN_FILES_ONLY = ("lr_of", "model_options")
 """Settings for which the command has no option."""
 
@@ -23,3 +26,10 @@ def named(setting: str) -> str:
     if "_" not in setting or setting in IN_FILES_ONLY:
         return setting
     return f"{setting} (--{setting.replace('_', '-')})"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest names, case aside, or nothing."""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=3)
+    return f" Did you mean {' or '.join(repr(by_lower[name]) for name in near)}?" if near else ""

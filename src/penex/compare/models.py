@@ -7,9 +7,6 @@ networks are imported when one is built.
 import importlib
 import importlib.util
 import inspect
-import os
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from penex._extras import need
-from penex.compare.dataset import Dataset, Features, Texts, did_you_mean
-from penex.compare.errors import CompareError, named
+from penex.compare.dataset import Dataset, Features, Texts
+from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.images import Images
+from penex.compare.userobjects import NAME, find, register
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,31 +78,47 @@ class Architecture:
         Raises:
             CompareError: The library that has it is missing, or refuses.
         """
+        text = texts(train)
+        if text is None:
+            return self.network(row_shape(train), num_classes), None
+        if self.name.startswith("transformers:"):
+            _, _, name = self.name.partition(":")
+            return _transformers_text(name, num_classes, dict(self.options))
+        from penex.compare.networks import Vocabulary
+
+        size, length = self.options.get("vocabulary", 20_000), self.max_length
+        encoder = Vocabulary.of_texts(text, size=size, max_length=length)
+        return self.network((len(encoder),), num_classes), encoder
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a text, where they are words."""
+        return int(self.options.get("max_length", 128))
+
+    def network(self, shape: tuple[int, ...], num_classes: int) -> "nn.Module":
+        """The network alone, for rows of `shape`; of texts, (numbers of the vocabulary,).
+
+        Raises:
+            CompareError: As :meth:`build`.
+        """
         from penex.compare import networks
 
-        text = texts(train)
+        options = dict(self.options)
+        if self.kind == "text":
+            options.pop("vocabulary", None)
         source, _, rest = self.name.partition(":")
-        if source == "transformers" and text is not None:
-            return _transformers_text(rest, num_classes, dict(self.options))
-        encoder, options = None, dict(self.options)
-        if text is None:
-            shape = row_shape(train)
-        else:
-            size, length = options.pop("vocabulary", 20_000), options.get("max_length", 128)
-            encoder = networks.Vocabulary(text, size=size, max_length=length)
-            shape = (len(encoder),)
         if source == "transformers":
-            return _transformers_image(rest, _pictured(shape), num_classes, options), None
+            return _transformers_image(rest, _pictured(shape), num_classes, options)
         if source == "timm":
-            return _timm(rest, _pictured(shape), num_classes, options), None
+            return _timm(rest, _pictured(shape), num_classes, options)
         if rest:
-            return _of_user(self.name, shape, num_classes, options), encoder
+            return _of_user(self.name, shape, num_classes, options)
         if self.name == "mlp":
-            return networks.mlp(shape, num_classes, **options), None
-        if encoder is not None:
-            return networks.TextTransformer(len(encoder), num_classes, **options), encoder
+            return networks.mlp(shape, num_classes, **options)
+        if self.name == "transformer":
+            return networks.TextTransformer(shape[0], num_classes, **options)
         network = networks.ConvNet if self.name == "convnet" else networks.ViT
-        return network(_pictured(shape), num_classes, **options), None
+        return network(_pictured(shape), num_classes, **options)
 
 
 def resolve(
@@ -137,7 +151,7 @@ def resolve(
         if kind == "numbers" or (kind == "text" and source == "timm"):
             raise _misfit(name, "classifies images" + " or text" * (source != "timm"), dataset)
         return Architecture(name, kind, options)
-    if colon and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name):
+    if colon and NAME.fullmatch(name):
         function = _function(name)
         _check_call(function, name, options)
         return Architecture(name, kind, options)
@@ -244,16 +258,9 @@ def _checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _function(name: str) -> Any:
-    """The user's function, looked for in the working directory too."""
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:  # noqa: PTH109  # sys.path holds strings
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise CompareError(f"model: cannot import {module} for {name}: {error}") from error
-    except AttributeError:
-        raise CompareError(f"model: {module} has no {function}, asked for by {name}") from None
+    """The user's function; the name is known from now on."""
+    found = find(name, "model")
+    register(found, name)
     if not callable(found):
         raise CompareError(f"model: {name} is {type(found).__name__}, expected a function")
     return found

@@ -183,22 +183,26 @@ def _encoder(dim: int, depth: int, heads: int, mlp: int, dropout: float) -> nn.T
 
 
 class Vocabulary:
-    """An encoder of words and punctuation, the most frequent ones of the texts it is made from.
+    """An encoder of words and punctuation.
 
     A text without any is one unknown word, as there is nothing to attend to in no tokens.
 
     Args:
-        texts: Training texts.
-        size: Most numbers to give; 0 is padding, 1 every other word.
+        words: Those that get a number, the first one 2; 0 is padding, 1 every other word.
         max_length: Tokens beyond these are left out.
     """
 
-    def __init__(self, texts: Iterable[str], *, size: int, max_length: int) -> None:
+    def __init__(self, words: Iterable[str], *, max_length: int) -> None:
+        self.words = {word: number for number, word in enumerate(words, start=2)}
+        self.max_length = max_length
+
+    @classmethod
+    def of_texts(cls, texts: Iterable[str], *, size: int, max_length: int) -> "Vocabulary":
+        """The most frequent words of training texts, at most `size` numbers being given."""
         counts = Counter(word for text in texts for word in _words(text))
         # By count, then by spelling: the order of the texts does not matter.
         frequent = sorted(counts, key=lambda word: (-counts[word], word))[: size - 2]
-        self.words = {word: number for number, word in enumerate(frequent, start=2)}
-        self.max_length = max_length
+        return cls(frequent, max_length=max_length)
 
     def __len__(self) -> int:
         return len(self.words) + 2

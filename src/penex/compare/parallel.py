@@ -16,6 +16,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from penex.compare.config import Execution
 from penex.compare.errors import CompareError
 from penex.compare.ranks import end_with, world
+from penex.compare.userobjects import carrying
 
 Each = Callable[[Callable[..., Any], Sequence[Any]], Iterator[Any]]
 
@@ -53,10 +54,15 @@ def workers(execution: Execution, folder: Path, *shared: Any) -> Iterator[Worker
         from penex.compare.cluster import cluster
 
         with cluster(execution, folder, shared) as (jobs, each):
-            yield Workers(jobs, each)
+            yield Workers(jobs, _carried(each))
     else:
         jobs = 1 if world() > 1 else execution.jobs or _places()
-        yield Workers(jobs, functools.partial(_each, jobs, shared))
+        yield Workers(jobs, _carried(functools.partial(_each, jobs, shared)))
+
+
+def _carried(each: Each) -> Each:
+    """Take losses and networks of the user's own to the workers."""
+    return lambda work, items: each(carrying(work), items)
 
 
 def _places() -> int:

@@ -142,7 +142,7 @@ def looks(specs: Iterable[str]) -> dict[str, Look]:
     more = 0
     for spec in specs:
         name = contender(spec).loss.name
-        position = list(LOSSES).index(name)
+        position = list(LOSSES).index(name) if name in LOSSES else len(COLOURS)
         if name not in seen and position < len(COLOURS):
             found[spec] = Look(COLOURS[position], DASHES[0])
         else:  # all pairs of a colour and dashes before one comes again

@@ -15,8 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from penex.compare.config import Config
-from penex.compare.dataset import did_you_mean
-from penex.compare.errors import CompareError
+from penex.compare.errors import CompareError, did_you_mean
 
 NAMES = (
     *("cifar10", "cifar10-noisy", "cifar100", "cifar100-long", "cifar10-vit", "cifar100-vit"),

@@ -7,13 +7,17 @@ the training: ``after_step()``, called after every optimiser step, and ``after_e
 after the last batch of every epoch.
 """
 
+import contextlib
 import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from penex.compare.errors import CompareError
+from penex.compare.userobjects import NAME, registered
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,75 +49,81 @@ class Context:
 
 @dataclass(frozen=True)
 class Loss:
-    """An entry of the registry."""
+    """An entry of the registry, or a loss of your own.
+
+    Attributes:
+        name: As in the configuration.
+        label: In tables and pictures.
+        build: The criterion for a value of the knob.
+        knob: Its hyperparameter to tune, if any.
+        gradient_scale: From the criterion and the number of classes K: its gradient at f = 0 as a
+            multiple of cross-entropy's, which is 1/K − 1[j = y] there. The mean over classes is
+            subtracted first, as it changes no probability. Dividing the loss by it makes one
+            learning rate, weight decay and clipping threshold mean the same for every loss. None:
+            measured.
+        constrain: What the network's logits, classes last, go through before anything reads them:
+            the criterion, the metrics, an attack. None: nothing.
+        log_proba: The link, from logits (N, K) to log-probabilities. None: that of the criterion,
+            see :func:`penex.inference.link`.
+    """
 
     name: str
     label: str
     build: Callable[[float, Context], "nn.Module"]
-    """The criterion for a value of the knob."""
     knob: Knob | None = None
-    gradient_scale: Callable[["nn.Module", int], float] = lambda criterion, num_classes: 1.0
-    """From the criterion and the number of classes K: its gradient at f = 0 as a multiple of
-    cross-entropy's, which is 1/K − 1[j = y] there. The mean over classes is subtracted first, as
-    it changes no probability. Dividing the loss by it makes one learning rate, weight decay and
-    clipping threshold mean the same for every loss."""
+    gradient_scale: Callable[["nn.Module", int], float] | None = None
     constrain: Callable[["Tensor"], "Tensor"] | None = None
-    """What the network's logits, classes last, go through before anything reads them: the
-    criterion, the metrics, an attack. None: nothing."""
+    log_proba: Callable[["Tensor"], "Tensor"] | None = None
 
     def link(self, knob: float, num_classes: int) -> Callable[["Tensor"], "Tensor"]:
         """The function from logits (N, K) to the log-probabilities that this loss stands for."""
+        if self.log_proba is not None:
+            return self.log_proba
         from penex.inference import link
 
         return link(self.build(knob, Context(num_classes, steps_total=1, steps_per_epoch=1)))
 
+    def scale(self, criterion: "nn.Module", num_classes: int) -> float:
+        """The scale of the gradient of a criterion; see :attr:`gradient_scale`."""
+        if self.gradient_scale is not None:
+            return self.gradient_scale(criterion, num_classes)
+        from penex.compare.userlosses import measured_scale
 
-def _cross_entropy(knob: float, context: Context) -> "nn.Module":
-    from torch import nn
-
-    return nn.CrossEntropyLoss()
-
-
-def _label_smoothing(knob: float, context: Context) -> "nn.Module":
-    from torch import nn
-
-    return nn.CrossEntropyLoss(label_smoothing=knob)
+        return measured_scale(criterion, num_classes)
 
 
-def _confidence_penalty(knob: float, context: Context) -> "nn.Module":
-    from penex.losses import ConfidencePenaltyLoss
+@dataclass(frozen=True)
+class Make:
+    """Builds a criterion from its class, which is imported when the first is built.
 
-    return ConfidencePenaltyLoss(strength=knob)
+    Attributes:
+        path: MODULE:CLASS.
+        keyword: That of the knob.
+        fixed: Other keywords.
+    """
 
+    path: str
+    keyword: str | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
-def _focal(knob: float, context: Context) -> "nn.Module":
-    from penex.losses import FocalLoss
-
-    return FocalLoss(gamma=knob)
-
-
-def _penex(knob: float, context: Context) -> "nn.Module":
-    from penex.losses import PENEX
-
-    return PENEX(sensitivity=knob)
-
-
-def _log_penex(knob: float, context: Context) -> "nn.Module":
-    from penex.losses import LogPENEX
-
-    return LogPENEX(sensitivity=0.0, power=knob)
-
-
-def _z_loss(knob: float, context: Context) -> "nn.Module":
-    from penex.losses import ZLoss
-
-    return ZLoss(strength=knob)
+    def __call__(self, knob: float, context: Context, **options: Any) -> "nn.Module":
+        """The criterion; `options` override everything else."""
+        module, _, name = self.path.partition(":")
+        values = dict(self.fixed)
+        if self.keyword is not None:
+            values[self.keyword] = knob
+        criterion: nn.Module = getattr(import_module(module), name)(**values | options)
+        return criterion
 
 
 def _exponential(knob: float, context: Context) -> "nn.Module":
     from penex.compare.ablations import ExponentialLoss
 
     return ExponentialLoss(knob)
+
+
+def _one(criterion: Any, num_classes: int) -> float:
+    return 1.0
 
 
 def _sensitivity(criterion: Any, num_classes: int) -> float:
@@ -191,31 +201,32 @@ _CONSTRAINT = Knob("strength", "ρ", default=1.0, low=0.0, high=1000.0)
 LOSSES = {
     loss.name: loss
     for loss in (
-        Loss(REFERENCE, "Cross-entropy", _cross_entropy),
+        Loss(REFERENCE, "Cross-entropy", Make("torch.nn:CrossEntropyLoss"), gradient_scale=_one),
         Loss(
             "label-smoothing",
             "Label smoothing",
-            _label_smoothing,
+            Make("torch.nn:CrossEntropyLoss", "label_smoothing"),
             Knob("smoothing", "ε", default=0.1, low=0.0, high=0.5, most=0.99),
             gradient_scale=_unsmoothed,
         ),
         Loss(
             "confidence-penalty",
             "Confidence penalty",
-            _confidence_penalty,
+            Make("penex.losses:ConfidencePenaltyLoss", "strength"),
             Knob("strength", "β", default=0.1, low=0.0, high=2.0),
+            gradient_scale=_one,
         ),
         Loss(
             "focal",
             "Focal",
-            _focal,
+            Make("penex.losses:FocalLoss", "gamma"),
             Knob("gamma", "γ", default=2.0, low=0.0, high=5.0),
             gradient_scale=_focal_scale,
         ),
         Loss(
             "penex",
             "PENEX",
-            _penex,
+            Make("penex.losses:PENEX", "sensitivity"),
             _SENSITIVITY,
             gradient_scale=_sensitivity,
         ),
@@ -223,14 +234,16 @@ LOSSES = {
         Loss(
             "log-penex",
             "log-PENEX",
-            _log_penex,
+            Make("penex.losses:LogPENEX", "power", {"sensitivity": 0.0}),
             Knob("power", "β", default=1.0, low=0.25, high=64.0, log=True),
+            gradient_scale=_one,
         ),
         Loss(
             "z-loss",
             "z-loss",
-            _z_loss,
+            Make("penex.losses:ZLoss", "strength"),
             Knob("strength", "λ", default=0.01, low=1e-4, high=1.0, log=True),
+            gradient_scale=_one,
         ),
         # The paper's ablations; `penex.compare.ablations` derives their links.
         Loss(
@@ -298,18 +311,28 @@ DEFAULT_LOSSES = (REFERENCE, "label-smoothing", "confidence-penalty", "focal", "
 
 @dataclass(frozen=True)
 class Contender:
-    """A loss as the user named it: ``penex``, or ``penex=0.3`` with the knob held at 0.3."""
+    """A loss as the user named it, with what it holds fixed.
+
+    Attributes:
+        spec: ``penex``; ``penex=0.3``, with the knob held at 0.3; or with options of the criterion,
+            ``penex(sensitivity=0.3,penalty_mode=auto)``.
+        loss: With these options built in.
+        value: At which the knob is held; None: it is tuned, or has its default.
+        options: Those besides the knob, as in `spec`.
+    """
 
     spec: str
     loss: Loss
     value: float | None
+    options: str = ""
 
     @property
     def label(self) -> str:
         """The name in tables and pictures."""
+        label = f"{self.loss.label} ({self.options})" if self.options else self.loss.label
         if self.value is None or self.loss.knob is None:
-            return self.loss.label
-        return f"{self.loss.label} {self.loss.knob.symbol}={exact(self.value)}"
+            return label
+        return f"{label} {self.loss.knob.symbol}={exact(self.value)}"
 
     @property
     def untuned(self) -> float:
@@ -325,30 +348,136 @@ def exact(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
+_SPEC = re.compile(r"\s*([\w.:-]+)\s*(?:=\s*([^()\s]*)|\(([^()/]*)\))?\s*")
+
+
 def contender(spec: str) -> Contender:
-    """Parse ``name`` or ``name=value``.
+    """Parse ``name``, ``name=value``, or ``name(option=value, ...)``.
+
+    An option is a keyword of the criterion, its value a number, true, false, none or a word. One of
+    them may be a range to tune it in, ``penex(ema=0.01..0.5)``, in place of the knob.
 
     Raises:
-        CompareError: No such loss, no knob to set, or a value the loss refuses.
+        CompareError: No such loss, no such option, or a value that the loss refuses.
     """
-    name, equals, text = spec.partition("=")
-    if name not in LOSSES:
-        close = difflib.get_close_matches(name, LOSSES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "."
-        raise CompareError(f"losses: no loss is called {name!r}{hint} Known: {', '.join(LOSSES)}.")
-    loss = LOSSES[name]
-    if not equals:
-        return Contender(spec, loss, None)
+    found = _SPEC.fullmatch(spec)
+    if found is None:
+        raise CompareError(
+            f"losses: expected NAME, NAME=NUMBER or NAME(OPTION=VALUE, ...), got {spec!r}"
+        )
+    name, value, options = found.groups()
+    loss = _entry(name)
+    if options is not None:
+        return _with_options(loss, options)
+    if value is None:
+        return Contender(name, loss, None)
     if loss.knob is None:
         raise CompareError(f"losses: {name} has no hyperparameter to set, got {spec!r}")
+    return Contender(spec.strip(), loss, _held(loss, value, spec))
+
+
+def _entry(name: str) -> Loss:
+    if name in LOSSES:
+        return LOSSES[name]
+    own = registered(name)
+    if own is not None:
+        from penex.compare.userlosses import user_loss
+
+        return user_loss(name, own)
+    if NAME.fullmatch(name):
+        raise CompareError(
+            f"losses: {name} is a loss of somebody's own, whose code has not been run here; give "
+            "it again, or trust this folder (--trust)"
+        )
+    close = difflib.get_close_matches(name, LOSSES, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise CompareError(f"losses: no loss is called {name!r}{hint} Known: {', '.join(LOSSES)}.")
+
+
+def _held(loss: Loss, text: str, spec: str) -> float:
+    """The value of the knob that a text stands for."""
+    knob = loss.knob
+    assert knob is not None  # noqa: S101  # the caller has looked
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    possible = math.isfinite(value) and 0 <= value <= loss.knob.most
-    if not possible or (loss.knob.log and value == 0):
+    possible = math.isfinite(value) and 0 <= value <= knob.most
+    if not possible or (knob.log and value == 0):
         raise CompareError(
-            f"losses: expected {name}=NUMBER ({loss.knob.name}, between {loss.knob.low:g} and "
-            f"{loss.knob.high:g} as a rule), got {spec!r}"
+            f"losses: expected {loss.name}=NUMBER ({knob.name}, between {knob.low:g} and "
+            f"{knob.high:g} as a rule), got {spec!r}"
         )
-    return Contender(spec, loss, value)
+    return value
+
+
+def _with_options(loss: Loss, text: str) -> Contender:
+    """The loss with options of its criterion."""
+    if not isinstance(loss.build, Make):
+        raise CompareError(f"losses: {loss.name} has no options, got {text!r}")
+    pairs = [[part.strip() for part in each.split("=")] for each in text.split(",") if each.strip()]
+    if not pairs or any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise CompareError(f"losses: expected {loss.name}(OPTION=VALUE, ...), got {text!r}")
+    spec = f"{loss.name}({','.join('='.join(pair) for pair in pairs)})"
+    if len({option for option, _ in pairs}) < len(pairs):
+        raise CompareError(f"losses: an option comes twice in {spec}")
+    ranges = [pair for pair in pairs if ".." in pair[1]]
+    if len(ranges) > 1:
+        raise CompareError(f"losses: {spec}: one option can be tuned, not {len(ranges)}")
+    knob, keyword, value = loss.knob, loss.build.keyword, None
+    own = (keyword, knob.name) if knob is not None else ()
+    held: dict[str, Any] = {}
+    for option, written in pairs:
+        if ".." in written:
+            continue
+        if option in own:
+            value = _held(loss, written, spec)
+        else:
+            held[option] = _value(written)
+    for option, written in ranges:
+        if option in own:
+            knob = _range(option, written, spec, knob)
+        else:
+            if knob is not None and keyword is not None:  # two cannot be tuned
+                held[keyword] = knob.default if value is None else value
+            knob, keyword, value = _range(option, written, spec, None), option, None
+    shown = [f"{o}={w}" for o, w in pairs if o not in own or o in held or keyword not in own]
+    shown = [each for each in shown if ".." not in each]
+    made = replace(
+        loss,
+        knob=knob,
+        build=replace(loss.build, keyword=keyword, fixed={**loss.build.fixed, **held}),
+    )
+    chosen = Contender(spec, made, value, ", ".join(shown))
+    try:
+        made.build(chosen.untuned, Context(num_classes=3, steps_total=1, steps_per_epoch=1))
+    except (TypeError, ValueError) as error:
+        raise CompareError(f"losses: {spec}: {error}") from None
+    return chosen
+
+
+def _value(text: str) -> float | int | bool | str | None:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            value: float = number(text)
+            return value
+    return text
+
+
+def _range(option: str, text: str, spec: str, knob: Knob | None) -> Knob:
+    """The option as something to tune, LOW..HIGH."""
+    try:
+        low, high = map(float, text.split(".."))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise CompareError(f"losses: {spec}: expected {option}=LOW..HIGH, got {text!r}")
+    log = low > 0 and high / low >= 10
+    middle = math.sqrt(low * high) if log else (low + high) / 2
+    if knob is None:
+        return Knob(option, option, middle, low, high, log=log)
+    default = knob.default if low <= knob.default <= high else middle
+    return replace(knob, default=default, low=low, high=high, log=log)

@@ -32,11 +32,11 @@ def write(comparison: plots.Comparison) -> None:
         CompareError: The disk is full.
     """
     folder, results = comparison.folder, comparison.results
-    page = _page(comparison)
+    content = page(comparison)
     with room(folder):
         write_json(folder / "results.json", results)
         write_text(folder / "table.tex", tables.latex(results))
-        write_text(folder / "report.html", page)
+        write_text(folder / "report.html", content)
 
 
 def merge(comparisons: Sequence[plots.Comparison], out: Path) -> None:
@@ -71,7 +71,7 @@ def merge(comparisons: Sequence[plots.Comparison], out: Path) -> None:
             }
         )
     selections = list(dict.fromkeys([results["config"]["select"] for results in several]))
-    page = _render(
+    content = _render(
         "merged.html.jinja",
         several=parts,
         header=tables.merged_header(),
@@ -87,7 +87,7 @@ def merge(comparisons: Sequence[plots.Comparison], out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "table.tex", tables.merged_latex(several))
         write_text(out / "table.md", "\n\n".join([*markdown, tables.MERGED_LEGEND]) + "\n")
-        write_text(out / "report.html", page)
+        write_text(out / "report.html", content)
 
 
 def leaderboards(several: Sequence[dict[str, Any]]) -> list[tables.Ranking]:
@@ -115,7 +115,8 @@ def leaderboards(several: Sequence[dict[str, Any]]) -> list[tables.Ranking]:
     return found
 
 
-def _page(comparison: plots.Comparison) -> str:
+def page(comparison: plots.Comparison) -> str:
+    """The content of report.html."""
     results, evidence = comparison.results, comparison.evidence
     records = robustness.read(comparison.folder)
     selected = results["config"]["select"]

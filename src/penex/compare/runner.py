@@ -39,7 +39,14 @@ MEASURED = 16
 """On how many processes a few steps are measured at most."""
 
 
-def compare(config: Config, folder: Path, *, execution: Execution, display: Display) -> None:
+def compare(
+    config: Config,
+    folder: Path,
+    *,
+    execution: Execution,
+    display: Display,
+    dataset: Dataset | None = None,
+) -> None:
     """Train every loss at every seed, except what `folder` has already.
 
     Args:
@@ -48,13 +55,14 @@ def compare(config: Config, folder: Path, *, execution: Execution, display: Disp
             or more seeds that it holds stay part of the comparison.
         execution: Where, and how many runs at a time.
         display: Where progress is shown.
+        dataset: The data; None: read from where `config.data` says.
 
     Raises:
         CompareError: The data, the folder or the workers are refused, or the disk is full. What
             was finished stays, and the same call continues.
     """
     folder = folder.absolute()  # workers may have another working directory
-    dataset = load(config)
+    dataset = load(config) if dataset is None else dataset
     for seed in range(config.seeds):  # refuse now what would be refused after hours
         draw_rows(dataset, seed, config)
     for line in (*dataset.notes, *uses(dataset)):

@@ -5,12 +5,11 @@ and one wild value in training flattens all others. Here, columns are standardis
 bounded, so whatever stands in the other parts, a network sees at most :data:`BOUND`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
-from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.preprocessing import StandardScaler
 
 Floats = npt.NDArray[np.floating]
@@ -21,13 +20,12 @@ PIXEL_BOUND = 100.0
 """The same for arrays of more than two dimensions, whose values share one scale."""
 OUTLIER = 10.0
 """Values farther from the median, in widths of the middle half, count as this far for the scale."""
-NEGLIGIBLE = 1e-4
-"""Of the widest component: the accuracy of a truncated SVD in float32 and randomised."""
 _BLOCK = 256
 """Columns at a time: float64 copies of all would be twice a large float32 array."""
 
 
-def scale_columns(parts: Sequence[Floats]) -> list[npt.NDArray[np.float32]]:
+@dataclass(frozen=True)
+class ColumnScale:
     """Columns with mean 0 and standard deviation 1 in training, but for outliers, and bounded.
 
     A column is centred and scaled by mean and standard deviation after values beyond
@@ -35,25 +33,48 @@ def scale_columns(parts: Sequence[Floats]) -> list[npt.NDArray[np.float32]]:
     (a smooth clipping, as in RealMLP, arXiv 2407.04491). A column that is constant in the training
     part, up to rounding, is 0 everywhere, because its scale is unknown.
 
-    Args:
-        parts: Arrays of shape (n, D), finite and within ±3.4e38, the training part first.
-
-    Returns:
-        Arrays of the same shapes, all values within ±:data:`BOUND`.
+    Attributes:
+        median: Of each of the D columns, float64.
+        width: Interquartile ranges; infinite where a column is constant.
+        mean: Of the clipped columns, in widths from the median.
+        std: Their standard deviations.
     """
-    scaled = [np.empty(part.shape, np.float32) for part in parts]
-    for first in range(0, parts[0].shape[1], _BLOCK):
-        block = np.s_[:, first : first + _BLOCK]
-        train = parts[0][block].astype(np.float64)
-        median, width = _centre_and_width(train)
+
+    median: Floats
+    width: Floats
+    mean: Floats
+    std: Floats
+
+    @classmethod
+    def fit(cls, train: Floats) -> "ColumnScale":
+        """The scale of training rows, an array of shape (n, D), finite and within ±3.4e38."""
+        blocks = [_column_statistics(train[:, block]) for block in _blocks(train.shape[1])]
+        return cls(*map(np.concatenate, zip(*blocks, strict=True)))
+
+    def __call__(self, rows: Floats) -> npt.NDArray[np.float32]:
+        """Rows of shape (n, D) on this scale, all values within ±:data:`BOUND`."""
+        scaled = np.empty(rows.shape, np.float32)
         with np.errstate(over="ignore"):  # infinity ends at the bound
-            core = np.clip((train - median) / width, -OUTLIER, OUTLIER)
-            mean, std = core.mean(axis=0), core.std(axis=0)
-            std[np.isinf(width)] = 1
-            for part, out in zip(parts, scaled, strict=True):
-                z = ((part[block].astype(np.float64) - median) / width - mean) / std
-                out[block] = BOUND * np.sin(np.arctan(z / BOUND))  # the formula, for infinity too
-    return scaled
+            for block in _blocks(rows.shape[1]):
+                z = (rows[:, block].astype(np.float64) - self.median[block]) / self.width[block]
+                z = (z - self.mean[block]) / self.std[block]
+                # The formula, for infinity too.
+                scaled[:, block] = BOUND * np.sin(np.arctan(z / BOUND))
+        return scaled
+
+
+def _blocks(columns: int) -> Iterator[slice]:
+    return (slice(first, first + _BLOCK) for first in range(0, columns, _BLOCK))
+
+
+def _column_statistics(train: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    columns = train.astype(np.float64)
+    median, width = _centre_and_width(columns)
+    with np.errstate(over="ignore"):
+        core = np.clip((columns - median) / width, -OUTLIER, OUTLIER)
+    mean, std = core.mean(axis=0), core.std(axis=0)
+    std[np.isinf(width)] = 1
+    return median, width, mean, std
 
 
 def _centre_and_width(train: npt.NDArray[np.float64]) -> tuple[Floats, Floats]:
@@ -73,40 +94,37 @@ def _centre_and_width(train: npt.NDArray[np.float64]) -> tuple[Floats, Floats]:
     return median, width
 
 
-def scale_as_a_whole(parts: Sequence[Floats]) -> list[npt.NDArray[np.float32]]:
-    """Arrays of any shape with one mean and one scale for all values, and bounded.
+@dataclass(frozen=True)
+class CommonScale:
+    """One mean and one scale for all values of arrays of any shape, and a bound.
 
     So are images: a pixel that hardly varies in training would otherwise be blown up elsewhere.
 
-    Args:
-        parts: Finite arrays, the training part first.
-
-    Returns:
-        Arrays of the same shapes, all values within ±:data:`PIXEL_BOUND`; 0 everywhere if the
-        training part is constant.
-    """
-    if np.ptp(parts[0]) == 0:
-        return [np.zeros(part.shape, np.float32) for part in parts]
-    scaler = StandardScaler().fit(parts[0].reshape(-1, 1))
-    with np.errstate(over="ignore"):
-        scaled = [scaler.transform(part.reshape(-1, 1)).reshape(part.shape) for part in parts]
-    return [np.clip(part, -PIXEL_BOUND, PIXEL_BOUND, dtype=np.float32) for part in scaled]
-
-
-class Components(TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """Sets components of a truncated SVD to zero that are no more than rounding errors in training.
-
-    If texts have fewer independent fragments than components are asked for, the directions of the
-    last ones are arbitrary: hardly anything lies along them in training, and anything elsewhere.
+    Attributes:
+        mean: Of all training values.
+        std: Their standard deviation; 0 where they are constant, which makes 0 of every value.
     """
 
-    def fit(self, X: pd.DataFrame, y: object = None) -> "Components":  # noqa: N803
-        """Find the components that vary."""
-        spread = X.std()
-        self.varies_ = spread > NEGLIGIBLE * spread.max()
-        return self
+    mean: float
+    std: float
 
-    def transform(self, X: pd.DataFrame) -> pd.DataFrame:  # noqa: N803
-        """Set the others to zero."""
-        kept: pd.DataFrame = X * self.varies_
-        return kept
+    @classmethod
+    def fit(cls, train: Floats) -> "CommonScale":
+        """The scale of finite training rows."""
+        if np.ptp(train) == 0:
+            return cls(0.0, 0.0)
+        scaler = StandardScaler().fit(train.reshape(-1, 1))
+        return cls(float(scaler.mean_[0]), float(scaler.scale_[0]))
+
+    def __call__(self, rows: Floats) -> npt.NDArray[np.float32]:
+        """Rows of the same shape, all values within ±:data:`PIXEL_BOUND`."""
+        if self.std == 0:
+            return np.zeros(rows.shape, np.float32)
+        scaled = rows.copy()
+        with np.errstate(over="ignore"):  # in place: computed in float64 without a copy in it
+            scaled -= np.float64(self.mean)
+            scaled /= np.float64(self.std)
+        bounded: npt.NDArray[np.float32] = np.clip(
+            scaled, -PIXEL_BOUND, PIXEL_BOUND, dtype=np.float32
+        )
+        return bounded

@@ -7,22 +7,18 @@ the same wrong labels; whatever is fitted (vocabularies, means, scales) sees tra
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from sklearn.compose import ColumnTransformer, make_column_selector
-from sklearn.impute import SimpleImputer
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import OneHotEncoder
-from threadpoolctl import threadpool_limits
 
 from penex.compare.config import Config
 from penex.compare.dataset import Dataset, Texts
 from penex.compare.errors import CompareError, named
 from penex.compare.images import Images
-from penex.compare.scaling import Components, scale_as_a_whole, scale_columns
+from penex.compare.preparation import Preparation, fit
 
 Rows = npt.NDArray[np.int64]
 Inputs = npt.NDArray[np.float32] | Images | list[str]
@@ -43,14 +39,16 @@ class Split:
             (n, ...), scaled, for numbers; for images a view of them; for texts their list.
         validation: The same for validation rows, with label noise if config.noise_parts says so.
         test: The same for test rows, labels as given.
+        preparation: What makes the numbers of X from features; None for images and texts.
     """
 
     train: Part
     validation: Part
     test: Part
+    preparation: Preparation | None
 
 
-def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
+def split(dataset: Dataset, *, seed: int, config: Config, refit: bool = False) -> Split:
     """Take or draw the parts, and prepare features with the statistics of the training rows.
 
     Parts that the data set comes with are used as they are; what is missing is drawn, stratified
@@ -62,8 +60,8 @@ def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
     given: the newest rows are the test, the newest of the others validation, and rows of one time
     stay together.
 
-    Columns are standardised robustly and bounded (:func:`~penex.compare.scaling.scale_columns`),
-    arrays of more than two dimensions (images) as a whole. In tables, categories become one-hot
+    Columns are standardised robustly and bounded (:class:`~penex.compare.scaling.ColumnScale`),
+    arrays of more than two dimensions as a whole. In tables, categories become one-hot
     columns (or 30 text components from 40 categories on), dates their year, month, day, hour and
     seconds; missing numbers become the median, with a column that says so.
     Categories not met in training become zeros. Images and texts are left to the model.
@@ -78,6 +76,7 @@ def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
             each part of its noise_parts, of m rows, round(label_noise m) labels are replaced: by
             one of the other K - 1 classes (noise_classes "other") or of all K ("uniform"), each
             equally likely.
+        refit: Whether training has the validation rows too, once an epoch has been chosen by them.
 
     Returns:
         C-contiguous, finite arrays. Every drawn part holds every class (before the noise); with
@@ -89,13 +88,16 @@ def split(dataset: Dataset, *, seed: int, config: Config) -> Split:
     if seed < 0:
         raise CompareError(f"seed must not be negative; got {seed}.")
     rows = draw_rows(dataset, seed, config)
-    features = _prepare(dataset, rows, seed)
     labels = [dataset.target[part] for part in rows]
     k = len(dataset.classes)
     labels[0] = _with_noise(labels[0], config, k, (seed, _NOISE))
     if config.noise_parts == "training+validation":
         labels[1] = _with_noise(labels[1], config, k, (seed, _VALIDATION_NOISE))
-    return Split(*zip(features, labels, strict=True))
+    if refit:
+        rows[0], labels[0] = (np.concatenate(each[:2]) for each in (rows, labels))
+    preparation, features = _prepare(dataset, rows, seed)
+    train, validation, test = zip(features, labels, strict=True)
+    return Split(train, validation, test, preparation)
 
 
 def draw_rows(dataset: Dataset, seed: int, config: Config) -> list[Rows]:
@@ -274,53 +276,22 @@ def _with_noise(
     return y
 
 
-def _prepare(dataset: Dataset, rows: Sequence[Rows], seed: int) -> Sequence[Inputs]:
-    """The features of each part; numbers on a scale fitted on the first."""
+def _prepare(
+    dataset: Dataset, rows: Sequence[Rows], seed: int
+) -> tuple[Preparation | None, Sequence[Inputs]]:
+    """What was fitted to the first part, if anything, and the features of each part."""
     features = dataset.features
     if isinstance(features, Images):
-        return [features[part] for part in rows]
+        return None, [features[part] for part in rows]
     if isinstance(features, Texts):
-        return [features.take(part) for part in rows]
-    if isinstance(features, pd.DataFrame):
-        tables = [features.iloc[part] for part in rows]
-        return scale_columns(_encode_table(dataset.name, tables, seed))
-    arrays = [features[part] for part in rows]
-    return scale_columns(arrays) if features.ndim == 2 else scale_as_a_whole(arrays)
-
-
-def _encode_table(
-    name: str, parts: Sequence[pd.DataFrame], seed: int
-) -> list[npt.NDArray[np.float64]]:
-    """Columns of each part as numbers without gaps, not yet scaled, fitted on the first part."""
-    varies = parts[0].nunique(dropna=False) > 1
-    if not varies.any():
-        raise CompareError(
-            f"{name}, seed {seed}: every feature column is constant or empty in the "
-            f"{len(parts[0])} training rows; nothing to learn from. Use more training rows."
-        )
-    kept = [part.loc[:, varies] for part in parts]
-    encoder = _table_encoder(np.random.default_rng((seed, _ENCODER)).integers(2**31).item())
-    with warnings.catch_warnings(), threadpool_limits(limits=1):
-        # One thread: sums of the text components in another order differ in their last bits.
-        # The warning: a text column of few distinct fragments gets fewer than 30 components.
-        warnings.filterwarnings("ignore", message="The matrix shape is", category=UserWarning)
-        return [encoder.fit_transform(kept[0]), *(encoder.transform(part) for part in kept[1:])]
-
-
-def _table_encoder(random_state: int) -> Pipeline:
-    """Numbers as they are, in float64; dates and text by skrub; gaps filled with the median."""
-    # Half a second and 50 MB that array data need not pay in every process.
-    from skrub import StringEncoder, TableVectorizer
-
-    dates_and_text = TableVectorizer(
-        # Without skrub's drop="if_binary", which makes an unknown category look like a known one.
-        low_cardinality=OneHotEncoder(
-            sparse_output=False, dtype=np.float32, handle_unknown="ignore"
-        ),
-        high_cardinality=make_pipeline(StringEncoder(random_state=random_state), Components()),
-    )
-    columns = ColumnTransformer([
-        ("numbers", "passthrough", make_column_selector(dtype_include="number")),
-        ("dates and text", dates_and_text, make_column_selector(dtype_exclude="number")),
-    ])  # fmt: skip
-    return make_pipeline(columns, SimpleImputer(strategy="median", add_indicator=True))
+        return None, [features.take(part) for part in rows]
+    parts: list[Any] = [
+        features.iloc[part] if isinstance(features, pd.DataFrame) else features[part]
+        for part in rows
+    ]
+    random_state = np.random.default_rng((seed, _ENCODER)).integers(2**31).item()
+    try:
+        preparation = fit(parts[0], random_state)
+    except CompareError as error:
+        raise CompareError(f"{dataset.name}, seed {seed}: {error}") from None
+    return preparation, [preparation(part) for part in parts]

@@ -2,7 +2,7 @@
 
     comparison.json                    configuration, data and its fingerprint
     tuning/<loss>/trial-000/           as a run, for each trial
-    runs/<loss>/seed-0/                run.json, curve.csv, logits.npz, epoch-12.ckpt, ...
+    runs/<loss>/seed-0/                run.json, curve.csv, logits.npz, model.json, ...
     timing.json                        seconds of a training epoch, each loss measured alone
     results.json  table.tex  report.html
 
@@ -186,14 +186,31 @@ def clear_partial(folder: Path) -> None:
 
 def read_comparison(folder: Path) -> tuple[Config, dict[str, Any]]:
     """The configuration and the description of the data that `folder` belongs to."""
-    path = folder / "comparison.json"
-    if not path.exists():
-        raise CompareError(f"{folder} holds no comparison: expected {path} in it")
+    path = comparison_file(folder)
     described = read_json(path)
+    try:
+        for spec in described["config"]["losses"]:
+            contender(spec)
+    except CompareError:
+        raise
+    except (KeyError, TypeError):
+        pass  # as below
     try:
         return Config(**described["config"]), described["data"]
     except (KeyError, TypeError, ValueError) as error:
         raise CompareError(f"{path} was not written by this version of penex: {error}") from None
+
+
+def comparison_file(folder: Path) -> Path:
+    """The file that describes a comparison.
+
+    Raises:
+        CompareError: `folder` holds none.
+    """
+    path = folder / "comparison.json"
+    if not path.is_file():
+        raise CompareError(f"{folder} holds no comparison: expected {path} in it")
+    return path
 
 
 def run_folder(folder: Path, spec: str, seed: int) -> Path:
@@ -208,7 +225,7 @@ def trial_folder(folder: Path, spec: str, trial: int) -> Path:
 
 def checkpoint_file(run: Path, epoch: int) -> Path:
     """Where a run keeps the network of a selected epoch."""
-    return run / f"epoch-{epoch}.ckpt"
+    return run / f"epoch-{epoch}.safetensors"
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,13 +44,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from penex._extras import need
-from penex.compare.batches import Batches, loader
+from penex.compare.batches import Batches, evaluation_rows, loader
+from penex.compare.bundle import WEIGHTS, Model, write_model, write_network
 from penex.compare.config import Config, Execution, Task
 from penex.compare.dataset import Dataset
 from penex.compare.determinism import deterministic
 from penex.compare.errors import CompareError
 from penex.compare.images import Images
-from penex.compare.models import resolve, row_shape
+from penex.compare.models import Architecture, resolve, row_shape
 from penex.compare.networks import Normalise, Vocabulary
 from penex.compare.ranks import decided, leads
 from penex.compare.registry import Context, Loss, contender
@@ -62,8 +63,6 @@ CHECKPOINT_SECONDS = 30.0
 """An unfinished run is saved at the end of an epoch, but not more often than this ..."""
 CHECKPOINT_SHARE = 0.05
 """... nor so often that saving takes more than this share of the time."""
-EVALUATION_ROWS = {"numbers": 4096, "images": 128, "text": 64}
-"""Rows that go through the network at once where nothing is learnt; of arrays as of images."""
 MEASURING = 1.0
 """Seconds of training, about, from which the time of an epoch is estimated."""
 MOMENTUM = 0.9
@@ -118,10 +117,9 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
             for part, batches in (("validation", ready.validation), ("test", ready.test)):
                 logits[f"{part}_{epoch}"] = learner.logits(batches)
             if leads():
-                if isinstance(ready.encoder, Vocabulary):
-                    snapshot["vocabulary"] = list(ready.encoder.words)
-                checkpoint_file(folder, epoch).write_bytes(_as_bytes(snapshot))
+                write_network(checkpoint_file(folder, epoch), snapshot)
         if leads():
+            write_model(folder, _described(task, config, dataset, ready))
             np.savez(
                 folder / "logits.npz",
                 allow_pickle=False,
@@ -131,6 +129,27 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
             )
             write_json(folder / "run.json", _record(task, ready, progress))
         decided(stack.close)
+
+
+@deterministic()
+def refit(task: Task, config: Config, dataset: Dataset, *, epochs: int, temperature: float) -> None:
+    """Train on training and validation rows, and leave a classifier in `task.folder`.
+
+    Args:
+        task: What is trained.
+        config: Of the comparison; its schedule is kept, and left after `epochs`.
+        dataset: The data.
+        epochs: As many as validation rows have found to be best.
+        temperature: As they have found it, too.
+    """
+    ready = _prepared(task, config, dataset, Execution(), refit=True)
+    for epoch in range(epochs):
+        _seed(task.seed, epoch, 0)
+        ready.learner.fit(ready.training, epoch)
+    task.folder.mkdir(parents=True, exist_ok=True)
+    write_network(task.folder / WEIGHTS, ready.learner.snapshot(epochs))
+    model = _described(task, config, dataset, ready)
+    write_model(task.folder, replace(model, temperature=temperature, epoch=epochs))
 
 
 @deterministic()
@@ -171,7 +190,7 @@ class _Ready:
     """All that a run needs to start."""
 
     learner: "_Learner"
-    model: str
+    architecture: Architecture
     parts: Split
     encoder: Any
     training: Any
@@ -179,10 +198,12 @@ class _Ready:
     test: Any
 
 
-def _prepared(task: Task, config: Config, dataset: Dataset, execution: Execution) -> _Ready:
+def _prepared(
+    task: Task, config: Config, dataset: Dataset, execution: Execution, *, refit: bool = False
+) -> _Ready:
     fabric = _fabric(config, execution)
     fabric.launch()
-    parts = split(dataset, seed=task.seed, config=config)
+    parts = split(dataset, seed=task.seed, config=config, refit=refit)
     architecture = resolve(
         config.model, dataset, hidden=config.hidden, options=config.model_options
     )
@@ -196,14 +217,13 @@ def _prepared(task: Task, config: Config, dataset: Dataset, execution: Execution
         seed=task.seed,
     )
     training = loader(parts.train, order, encoder, execution.workers, fabric.device)
-    flat = encoder is not None or len(row_shape(parts.train[0])) == 1
-    evaluation_rows = EVALUATION_ROWS[architecture.kind if flat else "images"]
+    rows = evaluation_rows(parts.train[0])
     validation, test = (
         loader(
             part,
             Batches(
                 len(part[1]),
-                evaluation_rows,
+                rows,
                 rank=fabric.global_rank,
                 world=fabric.world_size,
             ),
@@ -216,7 +236,7 @@ def _prepared(task: Task, config: Config, dataset: Dataset, execution: Execution
     steps = math.ceil(len(order) / config.accumulate)
     context = Context(len(dataset.classes), steps * config.epochs, steps)
     learner = _Learner(fabric, network, task, config, context, _augment(config, parts.train[0]))
-    return _Ready(learner, architecture.name, parts, encoder, training, validation, test)
+    return _Ready(learner, architecture, parts, encoder, training, validation, test)
 
 
 class _Learner:
@@ -309,7 +329,7 @@ class _Learner:
         losses = [c(head, target) for c, head in zip(self.criteria, heads, strict=True)]
         if self.config.gradient_scale == "common":
             k = self.context.num_classes
-            scales = [self.loss.gradient_scale(c, k) for c in self.criteria]
+            scales = [self.loss.scale(c, k) for c in self.criteria]
             losses = [loss / scale for loss, scale in zip(losses, scales, strict=True)]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
@@ -637,6 +657,29 @@ def _started(task: Task, config: Config, dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def _described(task: Task, config: Config, dataset: Dataset, ready: _Ready) -> Model:
+    """The network as model.json describes it, without its weights."""
+    encoder, train = ready.encoder, ready.parts.train[0]
+    words = list(encoder.words) if isinstance(encoder, Vocabulary) else None
+    return Model(
+        data=dataset.name,
+        target=config.target,
+        text=config.text,
+        classes=dataset.classes,
+        class_type=dataset.class_type,
+        kind=ready.architecture.kind,
+        shape=row_shape(train) if encoder is None else (len(words or ()) + 2,),
+        resize=config.image_size is not None,
+        network=ready.architecture.name,
+        options=dict(ready.architecture.options),
+        words=words,
+        precision=config.precision,
+        loss=task.spec,
+        knob=None if math.isnan(task.knob) else task.knob,
+        preparation=ready.parts.preparation,
+    )
+
+
 def _record(task: Task, ready: _Ready, progress: _Progress) -> dict[str, Any]:
     """What run.json says."""
     learner, parts = ready.learner, ready.parts
@@ -651,7 +694,7 @@ def _record(task: Task, ready: _Ready, progress: _Progress) -> dict[str, Any]:
             "test": len(parts.test[1]),
         },
         "class_counts": np.bincount(parts.train[1], minlength=learner.context.num_classes).tolist(),
-        "model": ready.model,
+        "model": ready.architecture.name,
         "parameters": learner.parameters,
         "epochs": progress.selected.epochs | {LAST: progress.epoch},
         "validation": progress.scores(),

@@ -36,16 +36,27 @@ def recommendation(results: dict[str, Any]) -> str:
     Args:
         results: Of :func:`penex.compare.analysis.summarize`.
     """
-    primary = results["primary"]
     missing = _why_none(results)
     if missing is not None:
         return f"{missing}{_best_so_far(results)}"
+    spec = recommended(results)
+    if spec == REFERENCE:
+        return _keep(results)
+    best = results["primary"]["best"]
+    return _switch(results, spec) if spec == best else _consider(results, spec)
+
+
+def recommended(results: dict[str, Any]) -> str:
+    """The loss that :func:`recommendation` names; without one, the reference or the best so far."""
+    primary, column = results["primary"], primary_column(results)
     better = primary["better"]
-    if primary["best"] in better:
-        return _switch(results, primary["best"])
-    if better:
-        return _consider(results, min(better, key=lambda spec: _rank(results, spec)))
-    return _keep(results)
+    if _why_none(results) is None and better:
+        if primary["best"] in better:
+            return str(primary["best"])
+        return str(min(better, key=lambda spec: _rank(results, spec)))
+    if REFERENCE in column and column[REFERENCE]["mean"] is not None:
+        return REFERENCE
+    return str(primary["best"] or results["losses"][0]["spec"])
 
 
 def _why_none(results: dict[str, Any]) -> str | None:

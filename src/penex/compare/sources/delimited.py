@@ -10,7 +10,7 @@ import gzip
 import lzma
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -61,13 +61,14 @@ class Delimited:
     encoding: str
 
 
-def read_delimited(path: Path, text: str | None) -> Delimited:
+def read_delimited(path: Path, text: str | None, as_text: Collection[str] = ()) -> Delimited:
     """Read a table of delimited text.
 
     Args:
         path: The file, perhaps compressed by gzip, bzip2, xz or zip.
         text: A column whose values are to be read as they are written: "None", "NA" and "12" are
             texts too. None: no such column.
+        as_text: Columns whose numbers are texts ("007").
 
     Raises:
         CompareError: It is larger than :data:`MAX_BYTES` or :data:`MAX_ROWS`.
@@ -101,6 +102,8 @@ def read_delimited(path: Path, text: str | None) -> Delimited:
             header = read(header=None, nrows=1, dtype=str, na_filter=False)
             names = [str(name).strip() for name in header.iloc[0]]
             frame = read(low_memory=False)
+            for column in [k for k, name in enumerate(names) if name in as_text]:
+                frame[frame.columns[column]] = read(usecols=[column], dtype=str).iloc[:, 0]
             if text in names:
                 column = names.index(text)
                 frame[frame.columns[column]] = read(

@@ -20,15 +20,8 @@ import pyarrow.compute as pc
 
 from penex._extras import need
 from penex.compare.config import Config
-from penex.compare.dataset import (
-    Content,
-    did_you_mean,
-    encode_labels,
-    listed,
-    official_rows,
-    roles,
-)
-from penex.compare.errors import CompareError
+from penex.compare.dataset import Content, encode_labels, listed, official_rows, roles
+from penex.compare.errors import CompareError, did_you_mean
 from penex.compare.images import digest_of, load_images
 from penex.compare.sources.table import texts
 

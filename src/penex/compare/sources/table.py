@@ -6,7 +6,7 @@ fitted later, on training rows only (see :mod:`penex.compare.splits`).
 
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from penex.compare.dataset import (
     UNREADABLE,
     Content,
     Texts,
-    did_you_mean,
     encode_labels,
     listed,
     must_exist,
@@ -31,7 +30,7 @@ from penex.compare.dataset import (
     roles,
     unreadable,
 )
-from penex.compare.errors import CompareError, named
+from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.sources import delimited
 from penex.compare.sources.delimited import MAX_BYTES, MAX_ROWS, read_delimited
 
@@ -157,21 +156,13 @@ def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
 
 def _table(path: Path, config: Config) -> Table:
     """A table as it is, checked for the columns that the configuration names."""
-    must_exist(path)
-    ending = next(ending for ending in ENDINGS if path.name.lower().endswith(ending))
-    text = _stripped(config.text)
-    try:
-        if ending == ".parquet":
-            names, table = _read_parquet(path)
-        elif ending in EXCEL:
-            names, table = _read_excel(path, text)
-        else:
-            names, table = _read_text(path, text)
-    except (*UNREADABLE, pd.errors.ParserWarning) as error:
-        if isinstance(error, CompareError):
-            raise
-        raise unreadable(path, f"a table ({ending})", error) from error
-    frame = table.frame
+    names, table = read_file(path, config.text)
+    _check_columns(names, table.frame, str(path), config)
+    return table
+
+
+def _check_columns(names: list[str], frame: pd.DataFrame, path: str, config: Config) -> None:
+    """Refuse a table that lacks columns which the configuration names."""
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise CompareError(
             f"{path}: column names must differ, but {listed(repeated)} come(s) more than once."
@@ -187,7 +178,7 @@ def _table(path: Path, config: Config) -> Table:
         name = _stripped(getattr(config, role))
         if name is None:
             continue
-        _must_have(frame, name, str(path))
+        _must_have(frame, name, path)
         if name in roles_of:
             raise CompareError(
                 f"{path}: {roles_of[name]} and {role} are the same column, {name!r}."
@@ -201,7 +192,44 @@ def _table(path: Path, config: Config) -> Table:
     if frame.empty or frame.shape[1] == 1:
         what = f"feature columns beside {target!r}" if len(frame) else "rows below its header"
         raise CompareError(f"{path} has no {what}; nothing to learn from.")
-    return table
+
+
+def read_file(
+    path: Path, text: str | None, as_text: Collection[str] = ()
+) -> tuple[list[str], Table]:
+    """Column names as written, and the content of a table.
+
+    Args:
+        path: The file.
+        text: A column that is read as it is written: "None", "NA" and "12" are texts too.
+        as_text: Columns of delimited text whose numbers are texts ("007").
+
+    Raises:
+        CompareError: The file cannot be read.
+    """
+    must_exist(path)
+    ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
+    if ending is None:
+        raise CompareError(f"{path}: expected a table, such as .csv, .xlsx or .parquet")
+    text = _stripped(text)
+    try:
+        if ending == ".parquet":
+            return _read_parquet(path)
+        if ending in EXCEL:
+            return _read_excel(path, text)
+        return _read_text(path, text, as_text)
+    except (*UNREADABLE, pd.errors.ParserWarning) as error:
+        if isinstance(error, CompareError):
+            raise
+        raise unreadable(path, f"a table ({ending})", error) from error
+
+
+def content_of(frame: pd.DataFrame, source: str, config: Config) -> Content:
+    """As :func:`read_table`, of a table in memory."""
+    part = np.zeros(len(frame), np.int64)
+    table = Table(frame.set_axis([str(name).strip() for name in frame.columns], axis=1))
+    _check_columns(list(table.frame.columns), table.frame, source, config)
+    return _content(table, part, ["train"], source, config)
 
 
 def _stripped(name: str | None) -> str | None:
@@ -344,9 +372,9 @@ def texts(column: "pd.Series[str]", source: str) -> Texts:
     return Texts(column.tolist())
 
 
-def _read_text(path: Path, text: str | None) -> tuple[list[str], Table]:
+def _read_text(path: Path, text: str | None, as_text: Collection[str]) -> tuple[list[str], Table]:
     """Header and content of delimited text."""
-    read = read_delimited(path, text)
+    read = read_delimited(path, text, as_text)
     notes: tuple[str, ...] = ()
     if not read.encoding.startswith("utf"):
         notes = (
@@ -440,9 +468,15 @@ def _typed(frame: pd.DataFrame, source: str, *, decimal_comma: bool) -> pd.DataF
     others = frame.columns[frame.dtypes != np.float64]
     if len(others):
         # Missing-value words become missing, date strings dates; None: keep columns without values.
-        cleaned = Cleaner(drop_null_fraction=None).fit_transform(frame[others])
+        cleaner = Cleaner(drop_null_fraction=None)
+        cleaned = cleaner.fit_transform(frame[others])
+        formats = {}
         for name in others:
-            frame[name] = _as_number(cleaned[name], decimal_comma=decimal_comma)
+            frame[name] = as_number(cleaned[name], decimal_comma=decimal_comma)
+            for step in cleaner.all_processing_steps_[name]:
+                if hasattr(step, "format_"):
+                    formats[name] = step.format_
+        frame.attrs["date_formats"] = formats  # to read later rows in the same way
 
     for name in frame.columns[frame.dtypes == np.float64]:
         with np.errstate(over="ignore"):
@@ -455,7 +489,7 @@ def _typed(frame: pd.DataFrame, source: str, *, decimal_comma: bool) -> pd.DataF
     return frame
 
 
-def _as_number(column: pd.Series, *, decimal_comma: bool) -> pd.Series:
+def as_number(column: pd.Series, *, decimal_comma: bool) -> pd.Series:
     """A text column as float64 if every value in it is a number, else unchanged."""
     if not (pd.api.types.is_string_dtype(column) or pd.api.types.is_object_dtype(column)):
         return column
