@@ -121,7 +121,13 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
     options = (
         *("--hidden= 8,4", "--optimizer=sgd", "--weight-decay=0.01", "--schedule=cosine"),
         *("--warmup-epochs=1", "--gradient-clip=0.5", "--accumulate=2", "--precision=bf16-mixed"),
-        *("--no-tune-lr", "--select=last", "--gradient-scale=own", "--metric=brier", "--validation-size=0.3"),
+        *(
+            "--no-tune-lr",
+            "--select=last",
+            "--gradient-scale=own",
+            "--metric=brier",
+            "--validation-size=0.3",
+        ),
         *("--test-size=0.2", "--classes=setosa, virginica", "--no-compile"),
         *("--test-split=once", "--min-difference=0.01"),
         *("--noise-classes=uniform", "--noise-parts=training+validation"),

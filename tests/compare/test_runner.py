@@ -240,9 +240,7 @@ class Process:
 
     def until_mid_run(self, runs: int) -> None:
         """Wait until `runs` are finished and another one has some of its epochs behind it."""
-        wait_until(
-            lambda: finished_runs(self.folder) >= runs and self._training(), self.popen
-        )
+        wait_until(lambda: finished_runs(self.folder) >= runs and self._training(), self.popen)
 
     def _training(self) -> bool:
         try:
