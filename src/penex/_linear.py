@@ -36,7 +36,7 @@ from penex._inputs import (
 )
 from penex._log_mean import row_dtype
 from penex._matmul import add_product, linear
-from penex._passes import LOG2E
+from penex._passes import powers_from
 from penex._penalty import PENALTY_MAX, PENALTY_MIN, Bounds, EstimatedPenalty, GivenPenalty
 from penex._row_losses import Penex, RowLoss, Rows, Rule
 from penex._rows import log_partition
@@ -600,7 +600,7 @@ class _Layer:
             t = t.where(inside.unsqueeze(1), 0)
         limits = torch.finfo(self.dtype)
         largest = logits.amax(1, True).clamp_(limits.min, limits.max)
-        powers = logits.sub_(largest).mul_(LOG2E).exp2_()
+        powers = powers_from(logits, -largest, out=logits)
         sums, wide = powers.sum(1, True), row_dtype(logits)
         own = sums.to(wide).log().add_(largest)
         t, s = self.shard.join(t.to(wide), own)
