@@ -107,7 +107,10 @@ def test_unknown_setting(tmp_path: Path) -> None:
             ["penx"],
             r"^losses: no loss is called 'penx'; did you mean penex\? Known: cross-ent.*\.$",
         ),
-        (["hinge-of-doom"], r"^losses: no loss is called 'hinge-of-doom' Known: .*, penex, .*\.$"),
+        (
+            ["hinge-of-doom"],
+            r"^losses: no loss is called 'hinge-of-doom'\. Known: .*, penex, .*\.$",
+        ),
         (["penex", "focal", "penex"], r"^losses: a loss is named twice in penex, focal, penex"),
         # The same loss written in two ways would get two rows with one label.
         (["penex=0.3", "penex=0.30"], r"^losses: a loss is named twice in penex=0.3, penex=0.30"),
