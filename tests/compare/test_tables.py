@@ -289,7 +289,7 @@ def test_legend(results: dict[str, Any], fixed: bool, words: str) -> None:
             {"label_noise": 0.025, "noise_parts": "training+validation"},
             "2.5 % label noise in training and validation rows. Not tuned.",
         ),
-        ({"tune": 8}, "4 seeds. Tuned with 8 trials for each loss."),
+        ({"tune": 8}, "4 seeds. Tuned with 8 trials per loss."),
     ],
 )
 def test_caption(results: dict[str, Any], changes: dict[str, Any], end: str) -> None:

@@ -436,7 +436,7 @@ def caption(results: dict[str, Any]) -> str:
     if config["label_noise"]:
         parts = config["noise_parts"].replace("+", " and ")
         noise = f", {100 * config['label_noise']:.3g} % label noise in {parts} rows"
-    tuned = f"Tuned with {config['tune']} trials for each loss."
+    tuned = f"Tuned with {config['tune']} trials per loss."
     seeds = "1 seed" if config["seeds"] == 1 else f"{config['seeds']} seeds"
     done, planned = len(results["runs"]), results["planned_runs"]
     unfinished = "" if done == planned else f" Unfinished: {done} of {planned} runs."
