@@ -30,6 +30,8 @@ def run_commands(example: Example) -> None:
                 if "--out" not in words:
                     words += ["--out", f"out-{example.start}-{abs(hash(line))}"]
                 words += ["--epochs", "2", "--seeds", "2", "--jobs", "1"]
+                if "--losses" not in words:
+                    words += ["--losses", "cross-entropy,penex"]
                 if "--tune" in words:
                     words += ["--tune", "1"]
             result = CliRunner().invoke(app, words)
