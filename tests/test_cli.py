@@ -265,7 +265,7 @@ def test_a_table_from_start_to_end(tmp_path: Path) -> None:
     results = read_json(folder / "results.json")
     assert [loss["spec"] for loss in results["losses"]] == ["penex=0.3", "cross-entropy"]
     assert results["runs"][0]["rows"] == {"train": 60, "validation": 15, "test": 38}
-    assert "25% label noise in training" in " ".join(result.stdout.split())
+    assert "25 % label noise in training rows" in " ".join(result.stdout.split())
 
 
 def test_what_is_said_of_a_table_before_training(
