@@ -286,9 +286,9 @@ def test_refusals(attacked: Path, copy: Path) -> None:
         robustness.attack(copy, radii={"l1": (1.0,)})
     with pytest.raises(CompareError, match="rows: expected at least 1, got 0"):
         robustness.attack(copy, rows=0)
-    (run_folder(copy, "penex", 0) / "epoch-3.ckpt").write_bytes(b"PK")
+    (run_folder(copy, "penex", 0) / "epoch-3.safetensors").write_bytes(b"PK")
     source = checkpoints.Source(copy)
-    with pytest.raises(CompareError, match=r"epoch-3\.ckpt is damaged, .*; remove .*seed-0 and"):
+    with pytest.raises(CompareError, match=r"epoch-3\.safetensors is damaged .*; remove "):
         checkpoints.load_model(source, "penex", 0, "last")
     run = run_folder(copy, "penex", 1) / "run.json"
     write_json(run, read_json(run) | {"epochs": {"last": 3}})
