@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,23 +20,34 @@ def _make_results():
     return module
 
 
+def _results(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+
+
+def test_table_of_weight_decay_is_that_of_the_results_files() -> None:
+    make_results = _make_results()
+    table = make_results.decay_table({name: _results(name) for name in make_results.DECAY})
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    assert f"<!-- table: weight-decay -->\n\n{table}\n\n<!-- end -->" in page
+
+
 @pytest.mark.parametrize("name", ["digits", "digits-noisy"])
 def test_table_is_that_of_the_results_file(name: str) -> None:
     make_results = _make_results()
-    table = make_results.readme_table(ROOT / "docs" / "results" / f"{name}.json")
+    table = make_results.readme_table(_results(name))
     assert f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-noisy"])
 def test_results_are_a_whole_comparison(name: str) -> None:
-    results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+    results = _results(name)
     assert [loss["spec"] for loss in results["losses"]] == list(DEFAULT_LOSSES)
     assert len(results["runs"]) == results["planned_runs"] == 25
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-noisy"])
 def test_table_of_when_not_is_that_of_the_results_file(name: str) -> None:
-    table = _make_results().penex_table(ROOT / "docs" / "results" / f"{name}.json")
+    table = _make_results().penex_table(_results(name))
     page = (ROOT / "docs" / "when-not.md").read_text()
     assert f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->" in page
 
@@ -48,8 +60,6 @@ def test_table_of_log_penex_is_that_of_the_results_file(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "docs")
-    table = importlib.import_module("make_log_results").table(
-        ROOT / "docs" / "results" / "log-penex" / f"{name}.json"
-    )
+    table = importlib.import_module("make_log_results").table(_results(f"log-penex/{name}"))
     page = (ROOT / "docs" / "log-penex.md").read_text()
     assert f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->" in page

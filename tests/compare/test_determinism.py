@@ -1,6 +1,7 @@
 """A run is reproducible, and the process that called it is what it was before."""
 
 import logging
+import math
 import os
 import random
 import warnings
@@ -58,7 +59,7 @@ def test_the_process_is_what_it_was(
             task = Task(tmp_path / "run", "cross-entropy", 0, CONFIG.lr, float("nan"))
             run(task, CONFIG, numbers(), Execution())
         elif work == "measure":
-            assert measure("cross-entropy", CONFIG, numbers(), Execution()) > 0
+            assert measure("cross-entropy", math.nan, CONFIG, numbers(), Execution()) > 0
         else:
             with pytest.raises(KeyboardInterrupt):
                 stopped()

@@ -29,6 +29,8 @@ float32, or in float64 if that is the logits' dtype.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -342,8 +344,15 @@ class ScheduledPENEX(PENEX):
         self.steps = int(number("steps", steps, 1, math.inf))
         self.shape = choice("shape", shape, ("linear", "cosine"))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_load_state_dict_post_hook(_resumed)  # type: ignore[no-untyped-call]
         self._set(0)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # The schedule first: the running penalty belongs to the sensitivity of that step.
+        if prefix + "step" in state_dict:
+            self._set(int(state_dict[prefix + "step"]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def after_step(self) -> None:
         """Count an optimiser step and set the sensitivity of the next."""
@@ -361,11 +370,6 @@ class ScheduledPENEX(PENEX):
 
     def extra_repr(self) -> str:
         return f"target={self.target:g}, steps={self.steps}, shape={self.shape!r}"
-
-
-def _resumed(criterion: ScheduledPENEX, keys: object) -> None:
-    """After loading: the schedule goes on where it stopped."""
-    criterion._set(int(criterion.step))
 
 
 def _precise(input: Tensor) -> Tensor:
