@@ -390,7 +390,7 @@ def _entry(name: str) -> Loss:
             "it again, or trust this folder (--trust)"
         )
     close = difflib.get_close_matches(name, LOSSES, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     raise CompareError(f"losses: no loss is called {name!r}{hint} Known: {', '.join(LOSSES)}.")
 
 
