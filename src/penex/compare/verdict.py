@@ -287,17 +287,17 @@ def _extreme_rows(results: dict[str, Any]) -> list[str]:
             for run in results["runs"]
             if run["loss"] == loss["spec"] and run["extreme_rows"] is not None
         ]
-        decided = [
+        dominated = [
             each
             for each in extreme
             if each["share"] > EXTREME_SHARE and each["largest"] > EXTREME_NLL
         ]
-        blown_up = any(each["largest"] > ABSURD_NLL for each in decided)
-        if blown_up or len(decided) > len(extreme) / 2:
-            worst = max(decided, key=lambda each: float(each["share"]))
+        blown_up = any(each["largest"] > ABSURD_NLL for each in dominated)
+        if blown_up or len(dominated) > len(extreme) / 2:
+            worst = max(dominated, key=lambda each: float(each["share"]))
             rows = worst["rows"]
             found.append(
-                f"{loss['label']}: in {len(decided)} of {len(extreme)} runs a few test rows make "
+                f"{loss['label']}: in {len(dominated)} of {len(extreme)} runs a few test rows make "
                 f"up most of the NLL (in one run {rows} row{'s' * (rows != 1)} "
                 f"{100 * worst['share']:.0f} % of it; the largest NLL of a row is "
                 f"{worst['largest']:.0f}). Look for outliers in the features of these rows."
