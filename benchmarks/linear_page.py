@@ -19,7 +19,7 @@ from benchmarks.linear import (
     LinearRow,
 )
 from benchmarks.page import DOCS, about, against, between_marks, duration, shape_name, table
-from penex.compare.plots import COLOURS, STYLE
+from penex.compare.analysis.plots import COLOURS, STYLE
 
 PAGE = DOCS / "linear-penex.md"
 PICTURE = DOCS / "images" / "linear-penex.svg"

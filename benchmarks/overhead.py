@@ -17,12 +17,12 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from benchmarks import harness
 from benchmarks.harness import Results, Strict, Timing
-from penex.compare import train
 from penex.compare.config import Config, Execution, Task
-from penex.compare.dataset import Dataset
-from penex.compare.determinism import deterministic
-from penex.compare.models import resolve
-from penex.compare.splits import Part, split
+from penex.compare.data.dataset import Dataset
+from penex.compare.data.split import Part, split
+from penex.compare.models.choose import resolve
+from penex.compare.training import run as train
+from penex.compare.training.determinism import deterministic
 
 BATCH = 64
 SIZES = {"mlp": ((30,), 1500 * BATCH), "convnet": ((3, 32, 32), 40 * BATCH)}

@@ -15,7 +15,7 @@ from benchmarks.harness import RESULTS, Machine, Results, Timing
 from benchmarks.loss import MODES, REFERENCE, LossRow
 from benchmarks.memory import MemoryRow
 from benchmarks.step import StepRow
-from penex.compare.plots import COLOURS, STYLE
+from penex.compare.analysis.plots import COLOURS, STYLE
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"

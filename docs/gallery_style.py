@@ -5,7 +5,7 @@ from typing import Any
 import matplotlib.style
 from cycler import cycler
 
-from penex.compare.plots import COLOURS, STYLE
+from penex.compare.analysis.plots import COLOURS, STYLE
 
 
 def use_style(gallery_conf: dict[str, Any], name: str) -> None:

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from penex import LogPENEX
-from penex.compare.plots import COLOURS, STYLE
-from penex.compare.sources.arrays import two_gaussians
+from penex.compare.analysis.plots import COLOURS, STYLE
+from penex.compare.data.arrays import two_gaussians
 
 PICTURE = Path(__file__).parent / "images" / "log-penex.svg"
 ALPHA, BETA = 0.5, 1.0

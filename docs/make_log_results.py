@@ -10,7 +10,7 @@ from typing import Any
 
 from make_results import DOCS, insert
 
-from penex.compare import tables, verdict
+from penex.compare.analysis import tables, verdict
 
 PAGE = DOCS / "log-penex.md"
 RESULTS = DOCS / "results" / "log-penex"

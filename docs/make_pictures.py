@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import penex
-from penex.compare.plots import INK, STYLE
-from penex.compare.sources.arrays import two_gaussians
+from penex.compare.analysis.plots import INK, STYLE
+from penex.compare.data.arrays import two_gaussians
 from penex.functional import estimate_penalty, margin, penex_loss
 from penex.metrics import margin_bound
 

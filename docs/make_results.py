@@ -11,9 +11,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from penex.compare import plots, tables, verdict
+from penex.compare.analysis import plots, tables, verdict
 from penex.compare.registry import REFERENCE
-from penex.compare.selection import SELECTIONS
+from penex.compare.training.selection import SELECTIONS
 from penex.metrics import METRICS
 
 DOCS = Path(__file__).parent

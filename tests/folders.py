@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_softmax
 
 from penex.compare.config import Config
+from penex.compare.output_folder import run_folder, write_json
 from penex.compare.registry import contender
-from penex.compare.selection import LAST, validation_scores
-from penex.compare.store import run_folder, write_json
+from penex.compare.training.selection import LAST, validation_scores
 
 Floats = NDArray[np.float64]
 

@@ -17,11 +17,11 @@ from typer.testing import CliRunner, Result
 from waiting import GUARD
 
 from penex import cli
+from penex.compare.analysis.tables import legend
+from penex.compare.analysis.verdict import recommendation, warnings
 from penex.compare.config import Config, Execution
+from penex.compare.output_folder import read_comparison, read_json, run_folder
 from penex.compare.registry import DEFAULT_LOSSES
-from penex.compare.store import read_comparison, read_json, run_folder
-from penex.compare.tables import legend
-from penex.compare.verdict import recommendation, warnings
 
 OPTIONS = (
     *("--data", "--target", "--losses", "--seeds", "--train-size", "--label-noise", "--epochs"),

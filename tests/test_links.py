@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from penex import PENEX, LinearPENEX, LogPENEX
-from penex.compare import ablations
 from penex.compare.registry import LOSSES, Context
 from penex.inference import link
 from penex.losses import ConfidencePenaltyLoss, FocalLoss, ZLoss
+from penex.paper import ablations
 
 Build = Callable[..., nn.Module]
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from penex.compare.config import Config, Execution, Task
-from penex.compare.dataset import Dataset, Texts
-from penex.compare.images import Images
-from penex.compare.ranks import joined
-from penex.compare.train import run
+from penex.compare.data.dataset import Dataset, Texts
+from penex.compare.data.images import Images
+from penex.compare.training.distributed import joined
+from penex.compare.training.run import run
 
 ROWS = 65
 

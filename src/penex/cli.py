@@ -27,8 +27,8 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from penex.compare.classifier import Classifier
     from penex.compare.config import Config, Execution
+    from penex.compare.models.classifier import Classifier
 
 SHAPE: dict[str, Any] = {
     "add_completion": False,
@@ -69,7 +69,7 @@ def with_settings(
         class Command(TyperCommand):
             @cached_property
             def made(self) -> Any:
-                from penex.compare import options
+                from penex import _cli_options as options
 
                 parameters = [each for each in own if each.kind is not each.VAR_KEYWORD]
                 names = None if config is True else config or ()
@@ -168,15 +168,15 @@ def compare(
                 f"data: given twice, as {source!r} and as --data {options['data']!r}"
             )
         execution = _execution(options)
+        from penex._cli_options import given
         from penex.compare.config import Config, configure
-        from penex.compare.options import given
 
         place = {} if source is None else {"data": source}
         settings = configure(config, **given(options, Config) | place)
-        from penex.compare.data import short_name
+        from penex.compare.data.load import short_name
         from penex.compare.display import Display
-        from penex.compare.ranks import leads
         from penex.compare.runner import compare as run
+        from penex.compare.training.distributed import leads
 
         out = out or Path("penex-results") / short_name(settings.data)
         _announce(console, settings, out)
@@ -231,8 +231,8 @@ def figures(
     """Draw figures of comparisons, several in one figure, from their saved files."""
     console = _console()
     with _refusals(console):
-        from penex.compare import figures as drawing
-        from penex.compare.plots import read
+        from penex.compare.analysis.plots import read
+        from penex.paper import figures as drawing
 
         into = out or (folders[0] if len(folders) == 1 else Path("penex-report")) / "figures"
         names = drawing.names(only or [])
@@ -270,10 +270,10 @@ def attack(
     """
     console = _console()
     with _refusals(console):
-        from penex.compare import robustness
+        from penex.paper import attacks
 
-        radii = {"linf": robustness.radii(linf), "l2": robustness.radii(l2)}
-        robustness.attack(folder, radii=radii, rows=rows, say=console.print)
+        radii = {"linf": attacks.radii(linf), "l2": attacks.radii(l2)}
+        attacks.attack(folder, radii=radii, rows=rows, say=console.print)
         _report(console, folder)
 
 
@@ -303,7 +303,7 @@ def predict(
     """
     console = _console()
     with _refusals(console):
-        from penex.compare.rows import read_rows
+        from penex.compare.data.new_rows import read_rows
 
         classifier = _classifier(folder, loss, refit=refit, trust=trust)
         names, features = read_rows(rows, classifier.description)
@@ -414,7 +414,7 @@ def reproduce(
     console = _console()
     with _refusals(console):
         from penex.compare.errors import CompareError
-        from penex.compare.presets import NAMES, preset
+        from penex.paper.presets import NAMES, preset
 
         if show:
             _list(console)
@@ -425,9 +425,9 @@ def reproduce(
         execution = _execution(options)
         folder = Path("penex-reproduce") / name if out is None else out
 
+        from penex._cli_options import words
         from penex.compare.display import Display
-        from penex.compare.options import words
-        from penex.compare.reproduce import reproduce as run
+        from penex.paper.reproduce import reproduce as run
 
         configs = facts.configs(
             smoke=smoke, losses=words(losses), seeds=seeds, epochs=epochs, tune=tune
@@ -452,7 +452,7 @@ def _list(console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    from penex.compare.presets import NAMES, preset
+    from penex.paper.presets import NAMES, preset
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("Name", "Experiment"):
@@ -472,10 +472,10 @@ def _list(console: Console) -> None:
 
 
 def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, Any]]") -> None:
-    from penex.compare import tables
+    from penex.compare.analysis import tables
+    from penex.compare.output_folder import read_json
     from penex.compare.registry import contender
-    from penex.compare.reproduce import FILE
-    from penex.compare.store import read_json
+    from penex.paper.reproduce import FILE
 
     for experiment, each in results.items():
         console.print(f"{experiment}:")
@@ -523,10 +523,10 @@ def _execution(options: dict[str, Any]) -> "Execution":
 
     Options that are None take the default, or what torchrun has decided.
     """
+    from penex._cli_options import given
     from penex.compare.config import Execution
     from penex.compare.errors import CompareError
-    from penex.compare.options import given
-    from penex.compare.ranks import machines, start
+    from penex.compare.training.distributed import machines, start
 
     devices, nodes = machines()
     defaults = {"jobs": None, "devices": devices, "nodes": nodes}
@@ -549,8 +549,8 @@ def _announce(console: Console, config: "Config", out: Path) -> None:
 
 
 def _report(console: Console, folder: Path, **options: Any) -> None:
-    from penex.compare import plots
-    from penex.compare.report import write
+    from penex.compare.analysis import plots
+    from penex.compare.analysis.report import write
 
     comparison = plots.read(folder, **options)
     write(comparison)
@@ -560,7 +560,7 @@ def _report(console: Console, folder: Path, **options: Any) -> None:
 
 def _show(console: Console, results: "dict[str, Any]") -> None:
     """Recommendation, warnings and tables of a comparison."""
-    from penex.compare import tables, verdict
+    from penex.compare.analysis import tables, verdict
 
     console.print(verdict.recommendation(results), style="bold")
     for warning in verdict.warnings(results):
@@ -576,7 +576,7 @@ def _show(console: Console, results: "dict[str, Any]") -> None:
 
 
 def _merge(console: Console, folders: list[Path], out: Path, **options: Any) -> None:
-    from penex.compare import plots, report, tables, verdict
+    from penex.compare.analysis import plots, report, tables, verdict
 
     comparisons = [plots.read(folder, **options) for folder in folders]
     several = [one.results for one in comparisons]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from penex.compare import ablations
 from penex.compare.errors import CompareError
 from penex.compare.registry import (
     DEFAULT_LOSSES,
@@ -20,6 +19,7 @@ from penex.compare.registry import (
     Loss,
     contender,
 )
+from penex.paper import ablations
 
 LOGITS = 3 * torch.randn(13, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 TARGET = torch.randint(7, (13,), generator=torch.Generator().manual_seed(2))

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 import penex
 from penex import cli
 from penex.compare.config import Config
+from penex.compare.data.split import draw_rows
 from penex.compare.errors import CompareError
+from penex.compare.output_folder import read_json, read_logits, run_folder
 from penex.compare.result import Result, compare_losses, in_memory, load
-from penex.compare.splits import draw_rows
-from penex.compare.store import read_json, read_logits, run_folder
 from penex.metrics import accuracy, nll
 
 SMALL: dict[str, Any] = {

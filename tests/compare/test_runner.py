@@ -21,15 +21,15 @@ from typer.testing import CliRunner
 from waiting import GUARD, wait_until
 
 from penex import cli
-from penex.compare import plots, report
-from penex.compare.analysis import curves, summarize
-from penex.compare.bundle import read_network
+from penex.compare.analysis import plots, report
+from penex.compare.analysis.summary import curves, summarize
 from penex.compare.config import Config
-from penex.compare.data import load
+from penex.compare.data.load import load
+from penex.compare.data.split import split
 from penex.compare.errors import CompareError
+from penex.compare.models.files import read_network
+from penex.compare.output_folder import read_comparison, read_json, read_logits, run_folder
 from penex.compare.registry import LOSSES
-from penex.compare.splits import split
-from penex.compare.store import read_comparison, read_json, read_logits, run_folder
 
 Make = Callable[..., Path]
 

@@ -19,7 +19,7 @@ from pydantic import (
 
 from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.registry import DEFAULT_LOSSES, contender
-from penex.compare.userobjects import NAME, admit, registered
+from penex.compare.user_objects import NAME, admit, registered
 from penex.metrics import METRICS
 
 Positive = Annotated[int, Field(gt=0)]
@@ -494,7 +494,7 @@ def admit_losses(losses: Any) -> None:
     for spec in losses if isinstance(losses, list | tuple) else ():
         name = re.split(r"[=(]", str(spec))[0].strip()
         if NAME.fullmatch(name) or registered(name) is not None:
-            from penex.compare.userlosses import check  # torch
+            from penex.compare.user_losses import check  # torch
 
             if registered(name) is None:
                 admit(name, "losses")

@@ -15,8 +15,8 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from penex.compare.config import Execution
 from penex.compare.errors import CompareError
-from penex.compare.ranks import end_with, world
-from penex.compare.userobjects import carrying
+from penex.compare.training.distributed import end_with, world
+from penex.compare.user_objects import carrying
 
 Each = Callable[[Callable[..., Any], Sequence[Any]], Iterator[Any]]
 
@@ -51,7 +51,7 @@ def workers(execution: Execution, folder: Path, *shared: Any) -> Iterator[Worker
     if execution.backend == "ray":
         if world() > 1:
             raise CompareError("backend: a run over several devices has them all; leave out ray")
-        from penex.compare.cluster import cluster
+        from penex.compare.training.ray_cluster import cluster
 
         with cluster(execution, folder, shared) as (jobs, each):
             yield Workers(jobs, _carried(each))

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from penex.compare.errors import CompareError
-from penex.compare.userobjects import NAME, registered
+from penex.compare.user_objects import NAME, registered
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,7 +87,7 @@ class Loss:
         """The scale of the gradient of a criterion; see :attr:`gradient_scale`."""
         if self.gradient_scale is not None:
             return self.gradient_scale(criterion, num_classes)
-        from penex.compare.userlosses import measured_scale
+        from penex.compare.user_losses import measured_scale
 
         return measured_scale(criterion, num_classes)
 
@@ -117,7 +117,7 @@ class Make:
 
 
 def _exponential(knob: float, context: Context) -> "nn.Module":
-    from penex.compare.ablations import ExponentialLoss
+    from penex.paper.ablations import ExponentialLoss
 
     return ExponentialLoss(knob)
 
@@ -144,49 +144,49 @@ def _conex_sensitivity(knob: float, context: Context) -> float:
 
 
 def _conex_hard(knob: float, context: Context) -> "nn.Module":
-    from penex.compare.ablations import ExponentialLoss
+    from penex.paper.ablations import ExponentialLoss
 
     return ExponentialLoss(_conex_sensitivity(knob, context))
 
 
 def _sum_to_zero(logits: "Tensor") -> "Tensor":
-    from penex.compare.ablations import sum_to_zero
+    from penex.paper.ablations import sum_to_zero
 
     return sum_to_zero(logits)
 
 
 def _conex_squared(knob: float, context: Context) -> "nn.Module":
-    from penex.compare.ablations import SquaredPenaltyLoss
+    from penex.paper.ablations import SquaredPenaltyLoss
 
     return SquaredPenaltyLoss(_conex_sensitivity(knob, context), knob)
 
 
 def _conex_lagrangian(knob: float, context: Context) -> "nn.Module":
-    from penex.compare.ablations import AugmentedLagrangianLoss
+    from penex.paper.ablations import AugmentedLagrangianLoss
 
     return AugmentedLagrangianLoss(_conex_sensitivity(knob, context), knob)
 
 
 def _logsumexp(knob: float, context: Context) -> "nn.Module":
-    from penex.compare.ablations import LogSumExpPenaltyLoss
+    from penex.paper.ablations import LogSumExpPenaltyLoss
 
     return LogSumExpPenaltyLoss(knob)
 
 
 def _linear(knob: float, context: Context) -> "nn.Module":
-    from penex.compare.ablations import LinearPenaltyLoss
+    from penex.paper.ablations import LinearPenaltyLoss
 
     return LinearPenaltyLoss(knob)
 
 
 def _linear_schedule(knob: float, context: Context) -> "nn.Module":
-    from penex.compare.ablations import ScheduledPENEX
+    from penex.paper.ablations import ScheduledPENEX
 
     return ScheduledPENEX(knob, steps=context.steps_total, shape="linear")
 
 
 def _cosine_schedule(knob: float, context: Context) -> "nn.Module":
-    from penex.compare.ablations import ScheduledPENEX
+    from penex.paper.ablations import ScheduledPENEX
 
     return ScheduledPENEX(knob, steps=context.steps_total, shape="cosine")
 
@@ -245,7 +245,7 @@ LOSSES = {
             Knob("strength", "λ", default=0.01, low=1e-4, high=1.0, log=True),
             gradient_scale=_one,
         ),
-        # The paper's ablations; `penex.compare.ablations` derives their links.
+        # The paper's ablations; `penex.paper.ablations` derives their links.
         Loss(
             "exponential",
             "Exponential loss",
@@ -381,7 +381,7 @@ def _entry(name: str) -> Loss:
         return LOSSES[name]
     own = registered(name)
     if own is not None:
-        from penex.compare.userlosses import user_loss
+        from penex.compare.user_losses import user_loss
 
         return user_loss(name, own)
     if NAME.fullmatch(name):

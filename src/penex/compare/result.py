@@ -17,20 +17,18 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from penex.compare import plots, report, tables, verdict
-from penex.compare.bundle import DESCRIPTION, read_model
+from penex.compare.analysis import plots, report, tables, verdict
 from penex.compare.config import Config, Execution, Task, admit_losses, configure
-from penex.compare.data import checked
-from penex.compare.data import load as read
-from penex.compare.dataset import ClassType, Content, Dataset, encode_labels
+from penex.compare.data.dataset import ClassType, Content, Dataset, encode_labels
+from penex.compare.data.images import Images
+from penex.compare.data.load import checked
+from penex.compare.data.load import load as read
+from penex.compare.data.new_rows import channels_first
+from penex.compare.data.tables import content_of, texts
 from penex.compare.display import Display
 from penex.compare.errors import CompareError
-from penex.compare.images import Images
-from penex.compare.registry import LOSSES, Loss
-from penex.compare.rows import channels_first
-from penex.compare.runner import compare
-from penex.compare.sources.table import content_of, texts
-from penex.compare.store import (
+from penex.compare.models.files import DESCRIPTION, read_model
+from penex.compare.output_folder import (
     checkpoint_file,
     comparison_file,
     read_comparison,
@@ -38,13 +36,15 @@ from penex.compare.store import (
     run_folder,
     write_text,
 )
-from penex.compare.userobjects import NAME, admit, register
+from penex.compare.registry import LOSSES, Loss
+from penex.compare.runner import compare
+from penex.compare.user_objects import NAME, admit, register
 from penex.metrics import METRICS
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from penex.compare.classifier import Classifier
+    from penex.compare.models.classifier import Classifier
 
 WIDTH = 100
 """Of a result as text, in columns."""
@@ -229,7 +229,7 @@ class Result:
     def best(self) -> "Classifier":
         """The network of the recommended loss, at the first seed that did not diverge."""
         if not self.is_comparison:
-            from penex.compare.classifier import read_bundle
+            from penex.compare.models.classifier import read_bundle
 
             return read_bundle(self.folder)
         return self.model(verdict.recommended(self.comparison.results))
@@ -244,7 +244,7 @@ class Result:
         Raises:
             CompareError: There is no such run, or it diverged.
         """
-        from penex.compare.classifier import of_run
+        from penex.compare.models.classifier import of_run
 
         run = self._run(loss, seed)
         folder = run_folder(self.folder, loss, run["seed"])
@@ -272,12 +272,12 @@ class Result:
         Raises:
             CompareError: The data cannot be read again, or has changed; or every run diverged.
         """
-        from penex.compare.classifier import read_bundle
+        from penex.compare.models.classifier import read_bundle
 
         loss = verdict.recommended(self.comparison.results) if loss is None else loss
         folder = self.folder / "refit" / loss
         if not (folder / DESCRIPTION).is_file():
-            from penex.compare.train import refit
+            from penex.compare.training.run import refit
 
             config, described = read_comparison(self.folder)
             run = self._run(loss, None)

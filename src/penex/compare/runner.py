@@ -9,18 +9,14 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from penex.compare.columns import uses, warnings
 from penex.compare.config import Config, Execution, Task
-from penex.compare.data import load
-from penex.compare.dataset import Dataset, Texts
+from penex.compare.data.columns import uses, warnings
+from penex.compare.data.dataset import Dataset, Texts
+from penex.compare.data.images import Images
+from penex.compare.data.load import load
+from penex.compare.data.split import draw_rows
 from penex.compare.display import Display
-from penex.compare.estimate import SURELY_SHORT, forecast, recorded, seconds_per_epoch
-from penex.compare.images import Images
-from penex.compare.parallel import Workers, workers
-from penex.compare.ranks import decided, joined, leads
-from penex.compare.registry import contender
-from penex.compare.splits import draw_rows
-from penex.compare.store import (
+from penex.compare.output_folder import (
     claim,
     clear_partial,
     epochs_done,
@@ -31,9 +27,13 @@ from penex.compare.store import (
     trial_folder,
     write_json,
 )
+from penex.compare.parallel import Workers, workers
+from penex.compare.registry import contender
+from penex.compare.training.distributed import decided, joined, leads
+from penex.compare.training.duration import SURELY_SHORT, forecast, recorded, seconds_per_epoch
 
 if TYPE_CHECKING:
-    from penex.compare.tune import Study
+    from penex.compare.training.tune import Study
 
 MEASURED = 16
 """On how many processes a few steps are measured at most."""
@@ -75,7 +75,7 @@ def compare(
         pool = stack.enter_context(workers(execution, folder, folder, config, dataset, execution))
         studies: Mapping[str, Study] = {}
         if config.tune:
-            from penex.compare.tune import open_studies  # Optuna: only where it is used
+            from penex.compare.training.tune import open_studies  # Optuna: only where it is used
 
             studies = open_studies(folder, config, dataset, execution)
         _foretell(config, folder, dataset, execution, studies, pool, display)
@@ -164,7 +164,7 @@ def _foretell(
 def _measure(
     loss: tuple[str, float], folder: Path, config: Config, dataset: Dataset, execution: Execution
 ) -> float:
-    from penex.compare.train import measure
+    from penex.compare.training.run import measure
 
     return measure(*loss, config, dataset, execution)
 
@@ -178,7 +178,7 @@ def _tuned(
     display: Display,
 ) -> dict[str, dict[str, float]]:
     """Tune what is not tuned yet; the values found for every loss."""
-    from penex.compare.tune import BEAT
+    from penex.compare.training.tune import BEAT
 
     trials = [
         trial_folder(folder, spec, number)
@@ -209,7 +209,7 @@ def _found(spec: str, best: dict[str, float]) -> str:
 def _tune(
     share: tuple[str, int], folder: Path, config: Config, dataset: Dataset, execution: Execution
 ) -> str:
-    from penex.compare.tune import tune
+    from penex.compare.training.tune import tune
 
     spec, worker = share
     tune(folder, spec, config, dataset, execution, worker=worker)
@@ -217,7 +217,7 @@ def _tune(
 
 
 def _train(task: Task, folder: Path, config: Config, dataset: Dataset, execution: Execution) -> str:
-    from penex.compare.train import run  # torch and Lightning: only the process that trains
+    from penex.compare.training.run import run  # torch and Lightning: only the process that trains
 
     run(task, config, dataset, execution)
     record = decided(lambda: read_json(task.folder / "run.json"))

@@ -1,0 +1,1 @@
+"""Results: from saved logits to metrics, intervals, a recommendation, tables and the report."""

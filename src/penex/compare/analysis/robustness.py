@@ -1,0 +1,45 @@
+"""The accuracies under attack that ``penex attack`` has recorded: read, and averaged over seeds."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from penex.compare.analysis.statistics import resplit_interval
+from penex.compare.output_folder import read_json
+
+FILE = "robustness.json"
+NORMS = {"linf": "L∞", "l2": "L2"}
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The records of robustness.json; none if the comparison was not attacked.
+
+    Each has loss, seed, epoch, norm, radius, box (whether inputs are pixels), and accuracy: the
+    share of right rows, "clean" and then after each attack in turn.
+    """
+    path = folder / FILE
+    return list(read_json(path)) if path.exists() else []
+
+
+def final(record: dict[str, Any]) -> float:
+    """The accuracy that is left after all attacks of a record."""
+    return float(list(record["accuracy"].values())[-1])
+
+
+def summary(
+    records: Sequence[dict[str, Any]], spec: str, epoch: str, norm: str
+) -> dict[float, dict[str, Any]]:
+    """Accuracy (a share) of a loss by radius, 0 for no attack: means over seeds and intervals."""
+    own = [r for r in records if (r["loss"], r["epoch"], r["norm"]) == (spec, epoch, norm)]
+    found: dict[float, list[float]] = {}
+    for record in own:
+        found.setdefault(record["radius"], []).append(final(record))
+    clean = {record["seed"]: record["accuracy"]["clean"] for record in own}
+    found |= {0.0: list(clean.values())} if clean else {}
+    return {
+        radius: asdict(
+            resplit_interval(found[radius], test_share=own[0]["test_share"], bounds=(0.0, 1.0))
+        )
+        for radius in sorted(found)
+    }

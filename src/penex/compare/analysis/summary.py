@@ -1,0 +1,494 @@
+"""From saved logits to numbers: metrics of every run, then means, intervals and differences.
+
+No network runs here. `summarize` may be called at any time on whatever runs are finished.
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from penex import __version__
+from penex.compare.analysis.statistics import (
+    Decision,
+    Estimate,
+    crossed_interval,
+    decide,
+    resplit_interval,
+)
+from penex.compare.config import Config, check_metric
+from penex.compare.errors import CompareError
+from penex.compare.output_folder import read_comparison, read_json, read_logits, run_folder
+from penex.compare.registry import REFERENCE, contender
+from penex.compare.training.selection import SELECTIONS
+from penex.metrics import (
+    METRICS,
+    calibration_floor,
+    evaluate,
+    fit_temperature,
+    majority_baseline,
+    row_values,
+)
+
+SCALINGS = {
+    "link": "probabilities of the loss's link",
+    "scaled": "the same after temperature scaling",
+    "softmax": "plain softmax",
+}
+"""What probabilities are made of logits, with their titles in reports."""
+LEVEL = 0.95
+PRINTED_STEP = 0.001
+"""The last digit of a metric as tables print it, of shares too: 0.1 %."""
+FLOOR_DRAWS = 20
+SCHEMA = 2
+GROUPS = 10
+"""Into so many groups test rows are divided for the interval of a metric that is no mean."""
+
+Floats = NDArray[np.float64]
+Key = tuple[str, int]
+"""A run: its loss and its seed."""
+
+
+class Predictions(NamedTuple):
+    """What a network says of validation and test rows at a selected epoch.
+
+    Attributes:
+        test: Log-probabilities of the link, shape (N, K).
+        target: Labels, shape (N,).
+        softmax: Log-probabilities of plain softmax, shape (N, K).
+        temperature: Fitted to the link's log-probabilities on validation rows.
+    """
+
+    test: Floats
+    target: NDArray[np.int64]
+    softmax: Floats
+    temperature: float
+
+    def scaled(self, scaling: str) -> Floats:
+        """Logits whose softmax are the probabilities of a scaling."""
+        if scaling == "softmax":
+            return self.softmax
+        return self.test / self.temperature if scaling == "scaled" else self.test
+
+
+def predictions(
+    config: Config, record: Mapping[str, Any], saved: Mapping[str, NDArray[Any]], selection: str
+) -> Predictions | None:
+    """The predictions of a run at a selection.
+
+    Args:
+        config: Of the comparison.
+        record: The content of run.json.
+        saved: The content of logits.npz.
+        selection: One of :data:`~penex.compare.training.selection.SELECTIONS`.
+
+    Returns:
+        None where no epoch was finite, or the logits of the selected one are not.
+    """
+    epoch = record["epochs"].get(selection)
+    if epoch is None:
+        return None
+    logits = [saved[f"{part}_{epoch}"].astype(np.float64) for part in ("validation", "test")]
+    if not all(np.isfinite(part).all() for part in logits):
+        return None
+    knob = math.nan if record["knob"] is None else record["knob"]
+    link = contender(record["loss"]).loss.link(knob, logits[0].shape[1])
+    validation, test = (link(torch.from_numpy(part)).numpy() for part in logits)
+    temperature = fit_temperature(validation, saved["validation_target"])
+    softmax = torch.from_numpy(logits[1]).log_softmax(1).numpy()
+    return Predictions(test, saved["test_target"], softmax, temperature)
+
+
+def summarize(
+    folder: Path, *, metric: str | None = None, min_difference: float | None = None
+) -> dict[str, Any]:
+    """Everything that tables and pictures show, as plain values: the content of results.json.
+
+    Args:
+        folder: An output folder.
+        metric: The metric that ranks losses, in place of the configuration's.
+        min_difference: Its smallest difference that matters, in place of the configuration's.
+
+    Raises:
+        CompareError: `folder` holds no comparison, no finished run, or a damaged file; or there is
+            no such metric.
+    """
+    config, data = read_comparison(folder)
+    chosen = {"metric": metric, "min_difference": min_difference}
+    config = config.model_copy(update={k: v for k, v in chosen.items() if v is not None})
+    check_metric(config.metric)
+    fixed_test = config.shares_test_rows(data["parts"])
+    finished = [
+        (spec, seed)
+        for spec in config.losses
+        for seed in range(config.seeds)
+        if (run_folder(folder, spec, seed) / "run.json").exists()
+    ]
+    if not finished:
+        raise CompareError(f"{folder} has no finished run yet; run penex compare first")
+    runs = [_run(folder, config, *key, fixed_test=fixed_test) for key in finished]
+    design = _Design(config, runs, fixed_test=fixed_test)
+    summary = {
+        selection: {
+            scaling: {name: _column(design, selection, scaling, name)[0] for name in METRICS}
+            for scaling in SCALINGS
+        }
+        for selection in SELECTIONS
+    }
+    return {
+        "schema": SCHEMA,
+        "penex": __version__,
+        "config": config.settings(),
+        "data": data,
+        "planned_runs": len(config.losses) * config.seeds,
+        "seeds": design.seeds,
+        "losses": [_loss(spec, runs) for spec in config.losses],
+        "summary": summary,
+        "primary": _primary(design, summary),
+        "baseline": _baseline(folder, design),
+        "seconds_per_epoch": _seconds(folder),
+        "published": _published(folder, config, runs),
+        "runs": [run.record for run in runs],
+    }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The record of one run with its metrics, and what intervals need besides."""
+
+    record: dict[str, Any]
+    rows: dict[tuple[str, str], dict[str, Floats]]
+    """By selection and scaling: metrics that are means over rows, for each row."""
+    groups: dict[tuple[str, str], dict[str, Floats]]
+    """By selection and scaling: jackknife pseudo-values of the others, for each group of rows."""
+
+    @property
+    def key(self) -> Key:
+        return self.record["loss"], self.record["seed"]
+
+
+def _run(folder: Path, config: Config, spec: str, seed: int, *, fixed_test: bool) -> _Run:
+    where = run_folder(folder, spec, seed)
+    record: dict[str, Any] = read_json(where / "run.json")
+    saved = read_logits(where)
+    record |= {"temperature": {}, "test": {}, "floor": {}, "extreme_rows": None}
+    run = _Run(record, {}, {})
+    known: dict[int | None, str] = {}  # selections often share an epoch
+    for selection in SELECTIONS:
+        same = known.setdefault(record["epochs"].get(selection), selection)
+        if same == selection:
+            _evaluate(run, selection, predictions(config, record, saved, selection))
+            continue
+        for column in (record["temperature"], record["test"]):
+            column[selection] = column[same]
+        for scaling in SCALINGS:
+            if (same, scaling) in run.rows:
+                run.rows[selection, scaling] = run.rows[same, scaling]
+    found = predictions(config, record, saved, config.select)
+    if found is not None:
+        _examine(run, config.select, found, fixed_test)
+    return run
+
+
+def _evaluate(run: _Run, selection: str, found: Predictions | None) -> None:
+    """The metrics of a run at a selection, None where it diverged."""
+    record = run.record
+    if found is None:
+        record["temperature"][selection] = None
+        record["test"][selection] = dict.fromkeys(SCALINGS)
+        return
+    record["temperature"][selection] = found.temperature
+    record["test"][selection] = {}
+    for scaling in SCALINGS:
+        logits = found.scaled(scaling)
+        record["test"][selection][scaling] = _finite(evaluate(logits, found.target))
+        run.rows[selection, scaling] = row_values(logits, found.target)
+
+
+def _examine(run: _Run, selection: str, found: Predictions, fixed_test: bool) -> None:
+    """What is computed only at the selection that the recommendation is based on."""
+    losses = np.sort(run.rows[selection, "link"]["nll"])[::-1]
+    few = max(1, len(losses) // 100)
+    run.record["extreme_rows"] = {
+        "rows": few,
+        "share": float(losses[:few].sum() / losses.sum()) if losses.sum() > 0 else 0.0,
+        "largest": float(losses[0]),
+    }
+    for scaling in ("link", "scaled"):
+        logits = found.scaled(scaling)
+        run.record["floor"][scaling] = calibration_floor(logits, found.target, draws=FLOOR_DRAWS)
+        if fixed_test:
+            whole = run.record["test"][selection][scaling]
+            run.groups[selection, scaling] = _pseudo_values(whole, logits, found.target)
+
+
+def _pseudo_values(
+    whole: Mapping[str, float | None], logits: Floats, target: NDArray[np.int64]
+) -> dict[str, Floats]:
+    """Jackknife pseudo-values by metric, one for each of :data:`GROUPS` groups of rows.
+
+    Their variation stands for that of a metric that is no mean over rows as the variation of rows
+    does for one that is (Tukey, 1958): G times the value on all rows less G - 1 times the value
+    without the group. They are shifted to have the value on all rows as their mean, because the
+    tables show that value, not the jackknife's estimate of what more rows would give.
+    """
+    n = len(target)
+    if n < 2 * GROUPS:
+        return {}
+    group = np.random.default_rng(0).permutation(n) % GROUPS
+    without = [evaluate(logits[group != g], target[group != g]) for g in range(GROUPS)]
+    found = {}
+    for name, value in whole.items():
+        if value is not None:
+            deviation = -(GROUPS - 1) * np.array([each[name] for each in without])
+            found[name] = value + deviation - deviation.mean()
+    return found
+
+
+class _Design:
+    """The runs of a comparison, and how its seeds and test rows were drawn."""
+
+    def __init__(self, config: Config, runs: Sequence[_Run], *, fixed_test: bool) -> None:
+        self.config = config
+        self.runs = {run.key: run for run in runs}
+        self.losses = [spec for spec in config.losses if any(s == spec for s, _ in self.runs)]
+        self.seeds = [
+            seed
+            for seed in range(config.seeds)
+            if all((spec, seed) in self.runs for spec in self.losses)
+        ]
+        """Those at which every loss with a finished run has one."""
+        self.fixed_test = fixed_test
+        """Whether the test rows are the same at all seeds."""
+
+    def values(self, spec: str, selection: str, scaling: str, metric: str) -> Floats:
+        """A metric by seed; NaN where the run diverged."""
+        found = []
+        for seed in self.seeds:
+            result = self.runs[spec, seed].record["test"][selection][scaling]
+            value = None if result is None else result[metric]
+            found.append(math.nan if value is None else value)
+        return np.array(found)
+
+    def estimate(
+        self, specs: Sequence[str], selection: str, scaling: str, metric: str
+    ) -> Estimate | None:
+        """Of the metric of a loss, or of the difference between the first loss and the second.
+
+        None if no run has a value. A loss of which some runs diverged has an estimate from the
+        others.
+        """
+        values = np.array([self.values(spec, selection, scaling, metric) for spec in specs])
+        sign = np.array([1.0, -1.0])[: len(specs)]
+        known = np.isfinite(values).all(axis=0)
+        if not known.any():
+            return None
+        low, high = METRICS[metric].bounds
+        bounds = (low, high) if len(specs) == 1 else (low - high, high - low)
+        if not self.fixed_test:
+            share = self.config.test_size
+            of_seed = sign @ values[:, known]
+            return resplit_interval(of_seed, test_share=share, level=LEVEL, bounds=bounds)
+        seeds = [seed for seed, has in zip(self.seeds, known, strict=True) if has]
+        by_row = [
+            sign
+            @ np.array([self._rows((spec, seed), selection, scaling, metric) for spec in specs])
+            for seed in seeds
+        ]
+        if any(not len(row) or not np.isfinite(row).all() for row in by_row):
+            return Estimate(float((sign @ values[:, known]).mean()), len(seeds))
+        return crossed_interval(np.array(by_row), level=LEVEL, bounds=bounds)
+
+    def _rows(self, key: Key, selection: str, scaling: str, metric: str) -> Floats:
+        run, where = self.runs[key], (selection, scaling)
+        if metric in run.rows.get(where, {}):
+            return run.rows[where][metric]
+        return run.groups.get(where, {}).get(metric, np.empty(0))
+
+
+def _column(
+    design: _Design, selection: str, scaling: str, metric: str
+) -> tuple[dict[str, Any], Decision]:
+    """One metric for every loss: its interval, its difference to the reference and what is better.
+
+    A column is a family of comparisons with the reference; its p-values are adjusted by Holm.
+    """
+
+    def compare(first: str, second: str) -> Estimate:
+        found = design.estimate([first, second], selection, scaling, metric)
+        if found is None:
+            raise ValueError(f"no value of {first} and {second}")
+        return found
+
+    values = {spec: design.values(spec, selection, scaling, metric) for spec in design.losses}
+    facts = METRICS[metric]
+    decision = decide(
+        values,
+        compare,
+        reference=REFERENCE,
+        higher_is_better=facts.higher_is_better,
+        smallest_difference=_smallest(design.config, metric, values),
+        printed_step=PRINTED_STEP,
+        level=LEVEL,
+    )
+    column: dict[str, Any] = {}
+    for spec in design.config.losses:
+        own = design.estimate([spec], selection, scaling, metric) if spec in values else None
+        difference = decision.differences.get(spec)
+        column[spec] = {
+            **_plain(own),
+            "difference": None
+            if difference is None
+            else _plain(difference) | {"p": decision.p_adjusted.get(spec)},
+            "sign": (spec in decision.better) - (spec in decision.worse),
+            "best": False,
+        }
+    return column, decision
+
+
+def _smallest(config: Config, metric: str, values: Mapping[str, Floats]) -> float:
+    """The smallest difference in a metric that matters."""
+    if metric == config.metric and config.min_difference is not None:
+        return config.min_difference
+    if METRICS[metric].percent:
+        return 0.005
+    reference = values.get(REFERENCE, np.empty(0))
+    return 0.01 * abs(float(np.nanmean(reference))) if np.isfinite(reference).any() else 0.0
+
+
+def _plain(estimate: Estimate | None) -> dict[str, Any]:
+    if estimate is None:
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    return {
+        "mean": estimate.mean,
+        "low": estimate.low,
+        "high": estimate.high,
+        "n": estimate.seeds,
+    }
+
+
+def primary_scaling(selection: str) -> str:
+    """The scaling of the metric of the recommendation: that by which the epoch was selected."""
+    return "scaled" if selection == "refined" else "link"
+
+
+def _primary(design: _Design, summary: dict[str, Any]) -> dict[str, Any]:
+    """What the primary metric says; its column gets the star."""
+    metric, selection = design.config.metric, design.config.select
+    scaling = primary_scaling(selection)
+    _, decision = _column(design, selection, scaling, metric)
+    if decision.starred is not None:
+        summary[selection][scaling][metric][decision.starred]["best"] = True
+    return {
+        "metric": metric,
+        "selection": selection,
+        "scaling": scaling,
+        "best": decision.best,
+        "starred": decision.starred,
+        "best_group": list(decision.best_group),
+        "better": list(decision.better),
+        "worse": list(decision.worse),
+        "incomplete": list(decision.incomplete),
+        "threshold": decision.threshold,
+        "fixed_test": design.fixed_test,
+    }
+
+
+def _baseline(folder: Path, design: _Design) -> dict[str, float | None]:
+    """The metrics of predicting the class frequencies of the training rows, mean over seeds."""
+    spec = design.losses[0]
+    found = []
+    for seed in [seed for s, seed in design.runs if s == spec]:
+        target = read_logits(run_folder(folder, spec, seed))["test_target"]
+        counts = design.runs[spec, seed].record["class_counts"]
+        labels = np.repeat(np.arange(len(counts)), counts)
+        found.append(majority_baseline(labels, target, len(counts)))
+    means = {name: float(np.mean([each[name] for each in found])) for name in METRICS}
+    return _finite(means)
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """Seconds of a training epoch of each loss, measured alone; nothing if it was not."""
+    path = folder / "timing.json"
+    return dict(read_json(path)) if path.exists() else {}
+
+
+def _loss(spec: str, runs: Sequence[_Run]) -> dict[str, Any]:
+    who = contender(spec)
+    own = [run.record for run in runs if run.record["loss"] == spec]
+    return {
+        "spec": spec,
+        "label": who.label,
+        "knob": who.loss.knob.name if who.loss.knob else None,
+        "symbol": who.loss.knob.symbol if who.loss.knob else None,
+        "value": own[0]["knob"] if own else None,
+        "lr": own[0]["lr"] if own else None,
+        "runs": len(own),
+        "diverged": sum(any(at["link"] is None for at in run["test"].values()) for run in own),
+        "epochs": {name: [run["epochs"].get(name) for run in own] for name in SELECTIONS},
+    }
+
+
+def _published(folder: Path, config: Config, runs: Sequence[_Run]) -> list[dict[str, Any]]:
+    """The entries of published.json, if there is one, each with our mean over seeds as "ours".
+
+    An entry is of a loss and has a metric (as in :data:`METRICS`, on test rows; or validation_nll),
+    the selection "at" which it was taken, the "scaling" of its probabilities, the published value
+    and its source.
+    """
+    path = folder / "published.json"
+    if not path.exists():
+        return []
+    found = []
+    for entry in read_json(path):
+        try:
+            spec, metric, at = entry["loss"], entry["metric"], entry["at"]
+            scaling = entry.get("scaling", "link")
+            if scaling not in ("link", "softmax"):
+                raise ValueError(f"scaling {scaling!r}")
+            if metric != "validation_nll" and metric not in METRICS:
+                raise ValueError(f"metric {metric!r}")
+            if at not in SELECTIONS:
+                raise ValueError(f"at {at!r}")
+            published = {"value": float(entry["value"]), "source": str(entry["source"])}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CompareError(f"{path}: an entry is not understood ({error})") from None
+        if spec not in config.losses:
+            continue
+        own = [run.record for run in runs if run.record["loss"] == spec]
+        if metric == "validation_nll":
+            results = [run["validation"].get(at) for run in own]
+            name = "softmax_nll" if scaling == "softmax" else "nll"
+        else:
+            results, name = [run["test"][at][scaling] for run in own], metric
+        values = [result[name] for result in results if result and result[name] is not None]
+        ours = {"mean": float(np.mean(values)) if values else None, "n": len(values)}
+        found.append(
+            {"loss": spec, "label": contender(spec).label, "metric": metric, "at": at}
+            | published
+            | {"ours": ours}
+        )
+    return found
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def curves(folder: Path, spec: str, seed: int) -> dict[str, Floats]:
+    """The columns of a run's curve.csv."""
+    path = run_folder(folder, spec, seed) / "curve.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+    except (OSError, ValueError, IndexError, TypeError) as error:
+        raise CompareError(
+            f"{path} is damaged ({error}); remove {path.parent} and run again"
+        ) from None

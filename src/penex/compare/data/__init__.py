@@ -1,0 +1,1 @@
+"""Data sets: read from their source, checked, split and loaded in batches."""

@@ -1,0 +1,1 @@
+"""Networks: which one for which data, and the files of a trained one."""

@@ -1,0 +1,335 @@
+"""Tuning with the same budget for every loss: its learning rate and its one knob, by TPE.
+
+A study has all its trials from the start, numbered and waiting. The storage lets one process take a
+trial; the trial of a process that died waits again, with the parameters it had. What is proposed
+for trial n depends on n and on the results before it, in the order of their numbers, and on nothing
+else. So several processes can share a study, and one alone proposes after a restart what it would
+have proposed anyway.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import re
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from filelock import FileLock
+from optuna.distributions import FloatDistribution
+from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
+from optuna.samplers import TPESampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError
+
+from penex.compare.config import Config, Execution, Task
+from penex.compare.data.load import Dataset
+from penex.compare.errors import CompareError
+from penex.compare.output_folder import read_json, trial_folder
+from penex.compare.registry import contender
+from penex.compare.training.distributed import decided
+
+LR_SPAN = 30.0
+"""The learning rate is searched from `lr` / LR_SPAN to `lr` * LR_SPAN."""
+BEAT = 15.0
+"""Seconds between two signs of life of a trial in a study that is shared."""
+ATTEMPTS = 5
+"""To open a database: of processes that make the same tables at the same time, one succeeds."""
+MISSED = 6
+"""After so many missed signs of life a trial is taken to be dead."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that this process has taken."""
+
+    key: int
+    """The storage's number for it."""
+    task: Task
+
+
+class Study:
+    """The trials of one loss, `config.tune` of them, wherever they are stored.
+
+    Args:
+        folder: The output folder.
+        spec: The loss.
+        config: Its budget, and what is searched.
+        dataset: A storage that serves several comparisons tells them apart by data too.
+        execution: Names the storage.
+        worker: Number of this process among those of this command that tune this loss.
+        beat: Seconds between two signs of life.
+
+    Raises:
+        CompareError: The storage cannot be opened.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: str,
+        config: Config,
+        dataset: Dataset,
+        execution: Execution,
+        *,
+        worker: int = 0,
+        beat: float = BEAT,
+    ) -> None:
+        self.folder, self.spec, self.config, self.beat = folder, spec, config, beat
+        self.space = _space(spec, config)
+        self.trials = config.tune
+        self.alone = execution.storage is None and execution.tune_jobs == 1
+        self.owner = f"{platform.node()}:{folder.absolute()}:{worker}"
+        self.storage = _storage(folder, execution.storage)
+        facts = json.dumps(
+            [config.fixed(), config.lr_for(spec), dataset.fingerprint], sort_keys=True
+        )
+        self.name = f"penex {spec} {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+        study = optuna.create_study(storage=self.storage, study_name=self.name, load_if_exists=True)
+        self.id = self.storage.get_study_id_from_name(self.name)
+        # Two processes that start at once may make more than asked for; those are never taken.
+        for _ in range(self.storage.get_n_trials(self.id), self.trials):
+            study.enqueue_trial({})
+
+    def take(self) -> Trial | None:
+        """The next waiting trial, now this process's; None if none is waiting."""
+        for waiting in self._in(TrialState.WAITING):
+            key = self._key(waiting)
+            with contextlib.suppress(UpdateFinishedTrialError):
+                if self.storage.set_trial_state_values(key, TrialState.RUNNING):
+                    self.storage.set_trial_user_attr(key, "owner", self.owner)
+                    return Trial(key, self._propose(waiting, key))
+        return None
+
+    def tell(self, trial: Trial) -> None:
+        """Score a trial by its run, which is finished."""
+        score = _score(trial.task.folder, self.config)
+        with contextlib.suppress(UpdateFinishedTrialError):  # by another process, to the same score
+            self.storage.set_trial_state_values(trial.key, TrialState.COMPLETE, [score])
+
+    def give_back(self, key: int) -> None:
+        """Let a trial that was not finished wait again, keeping its parameters."""
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self.storage.set_trial_state_values(key, TrialState.WAITING)
+
+    def reclaim(self, *, own: bool) -> None:
+        """Let trials whose process is dead wait again.
+
+        Args:
+            own: Those of this process's predecessor too, which is known to be dead.
+        """
+        for running in self._in(TrialState.RUNNING):
+            mine = self.alone or running.user_attrs.get("owner") == self.owner
+            if (own and mine) or self._silent(running):
+                self.give_back(self._key(running))
+
+    @contextlib.contextmanager
+    def alive(self, key: int) -> Iterator[None]:
+        """Give signs of life for a trial, where another process might wait for them."""
+        if self.alone:
+            yield
+            return
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.is_set():
+                # A storage that fails now will fail where the score is told, and say so there.
+                with contextlib.suppress(OptunaError, OSError):
+                    self.storage.set_trial_user_attr(key, "alive", time.time())
+                over.wait(self.beat)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def is_finished(self) -> bool:
+        """Whether all trials are."""
+        return len(self._in(TrialState.COMPLETE)) == self.trials
+
+    def best(self) -> dict[str, float]:
+        """`lr` and `knob` of the best trial, or of the first if all diverged."""
+        best = min(self._in(TrialState.COMPLETE), key=lambda trial: (trial.value, trial.number))
+        return self._untuned() | best.params
+
+    def _propose(self, waiting: FrozenTrial, key: int) -> Task:
+        """Parameters it had before, or those of its run on disk, or new ones."""
+        done = trial_folder(self.folder, self.spec, waiting.number)
+        values = self._untuned()
+        known = None
+        if done.exists():
+            known = read_json(done / "run.json")
+        elif waiting.number == 0:  # so that tuning can only improve the score
+            known = values
+        for name, span in self.space.items():
+            if known is not None and name not in waiting.params:
+                self.storage.set_trial_param(key, name, known[name], span)
+        with _stable():
+            sampler = TPESampler(seed=waiting.number, multivariate=True, constant_liar=True)
+        # Loaded anew, because a study remembers trials as they were when it last asked.
+        study = optuna.load_study(study_name=self.name, storage=self.storage, sampler=sampler)
+        trial = optuna.Trial(study, key)
+        for name, span in self.space.items():
+            values[name] = trial.suggest_float(name, span.low, span.high, log=span.log)
+        return Task(done, self.spec, 0, **values)
+
+    def _silent(self, running: FrozenTrial) -> bool:
+        if self.alone or running.datetime_start is None:
+            return False
+        last = running.user_attrs.get("alive", running.datetime_start.timestamp())
+        return bool(time.time() - last > MISSED * self.beat)
+
+    def _untuned(self) -> dict[str, float]:
+        return {"lr": self.config.lr_for(self.spec), "knob": contender(self.spec).untuned}
+
+    def _in(self, state: TrialState) -> list[FrozenTrial]:
+        trials = self.storage.get_all_trials(self.id, deepcopy=False, states=(state,))
+        return [trial for trial in trials if trial.number < self.trials]
+
+    def _key(self, trial: FrozenTrial) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self.id, trial.number)
+
+
+def open_studies(
+    folder: Path, config: Config, dataset: Dataset, execution: Execution
+) -> dict[str, Study]:
+    """The studies of losses that have something to tune, made if missing.
+
+    To be called before anybody tunes in `folder`.
+    """
+
+    def opened() -> dict[str, Study]:
+        tunable = [spec for spec in config.losses if _space(spec, config)]
+        return {spec: Study(folder, spec, config, dataset, execution) for spec in tunable}
+
+    def made() -> None:
+        if execution.storage is None:
+            _mend(_journal(folder))
+        opened()
+
+    decided(made)
+    return opened()
+
+
+def tune(
+    folder: Path,
+    spec: str,
+    config: Config,
+    dataset: Dataset,
+    execution: Execution,
+    *,
+    worker: int = 0,
+    beat: float = BEAT,
+) -> None:
+    """Run trials of one loss until none is waiting; other processes may be doing the same.
+
+    A trial is a run at seed 0, scored by the validation rows at the epoch that `config.select`
+    selects. The test rows are the same at all seeds then, so tuning has seen none of them. For the
+    arguments see :class:`Study`.
+    """
+    from penex.compare.training.run import run  # torch and Lightning: only the process that trains
+
+    study = Study(folder, spec, config, dataset, execution, worker=worker, beat=beat)
+    decided(lambda: study.reclaim(own=True))
+    while (trial := decided(study.take)) is not None:
+        if not decided(trial.task.folder.exists):
+            try:
+                with study.alive(trial.key):
+                    run(trial.task, config, dataset, execution)
+            except BaseException:
+                with contextlib.suppress(OSError, OptunaError):
+                    study.give_back(trial.key)
+                raise
+        decided(functools.partial(study.tell, trial))
+        decided(lambda: study.reclaim(own=False))
+
+
+def _space(spec: str, config: Config) -> dict[str, FloatDistribution]:
+    who, lr = contender(spec), config.lr_for(spec)
+    space = {}
+    if config.tune_lr:
+        space["lr"] = FloatDistribution(lr / LR_SPAN, lr * LR_SPAN, log=True)
+    knob = who.loss.knob
+    if knob is not None and who.value is None:
+        space["knob"] = FloatDistribution(knob.low, knob.high, log=knob.log)
+    return space
+
+
+def _score(run: Path, config: Config) -> float:
+    """What tuning minimises, of a finished run; infinite if it diverged."""
+    scores = read_json(run / "run.json")["validation"].get(config.select)
+    if scores is None:
+        return math.inf
+    if config.select == "accuracy":
+        return -float(scores["accuracy"])
+    return float(scores["refined_nll" if config.select == "refined" else "nll"])
+
+
+def _journal(folder: Path) -> Path:
+    return folder / "tuning" / "study.journal"
+
+
+def _storage(folder: Path, url: str | None) -> BaseStorage:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    scheme, _, path = (url or "").partition("://")
+    if url is None or scheme == "journal":
+        journal = Path(path) if url else _journal(folder)
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with _stable():
+            return JournalStorage(JournalFileBackend(str(journal), _Lock(journal)))
+    left = ATTEMPTS
+    while True:
+        try:
+            return RDBStorage(url)
+        except Exception as error:  # of SQLAlchemy, or of the driver for this kind of database
+            left -= 1
+            if left and isinstance(error, DBAPIError):
+                time.sleep(random.uniform(0.2, 1.0))  # noqa: S311
+                continue
+            hidden = re.sub(r"//[^@/]*@", "//…@", url)  # no password into a log
+            raise CompareError(f"storage: cannot open {hidden}: {error}") from None
+
+
+class _Lock(JournalFileOpenLock):
+    """That of Optuna outlives its holder, if that is killed; this one does not."""
+
+    def __init__(self, journal: Path) -> None:
+        super().__init__(str(journal))
+        self.lock = FileLock(f"{journal}.lock")
+
+    def acquire(self) -> bool:
+        self.lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+@contextlib.contextmanager
+def _stable() -> Iterator[None]:
+    """Not to be told what older versions of Optuna call experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
+def _mend(journal: Path) -> None:
+    """Cut off a line that a full disk or a crash has left half-written."""
+    if journal.exists():
+        content = journal.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(journal, content.rfind(b"\n") + 1)

@@ -1,0 +1,130 @@
+"""Published curves of validation NLL beside ours: a figure of them, and how far they are apart."""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from penex.compare.analysis import plots
+from penex.compare.analysis.plots import Floats
+from penex.compare.config import Config
+from penex.compare.output_folder import run_folder, unfinished_curves
+from penex.compare.registry import contender
+from penex.paper import figures
+from penex.paper.presets import PublishedCurves
+
+FIRST = 20
+"""The epoch from which on curves are compared: earlier, they fall too steeply."""
+LINK, SOFTMAX = "validation_nll", "validation_softmax_nll"
+"""Columns of curve.csv."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Validation NLL of a loss by epoch, from the first on.
+
+    Attributes:
+        spec: As in the configuration.
+        ours: (epochs,) mean over the seeds, as far as all of them have come.
+        published: (epochs,) as far as it was published; empty if it was not.
+    """
+
+    spec: str
+    ours: Floats
+    published: Floats
+
+    @property
+    def last(self) -> int:
+        """The last epoch of both."""
+        return min(len(self.ours), len(self.published))
+
+    @property
+    def distance(self) -> float | None:
+        """Root mean square of the difference from epoch :data:`FIRST` on.
+
+        None if no such epoch is done, or NLL is not finite.
+        """
+        epochs = slice(FIRST - 1, self.last)
+        squares = (self.ours[epochs] - self.published[epochs]) ** 2
+        return (
+            float(np.sqrt(squares.mean())) if len(squares) and np.isfinite(squares).all() else None
+        )
+
+
+def gather(published: PublishedCurves, config: Config, folder: Path) -> list[Curve]:
+    """Published curves and those of the runs in `folder`, finished or not, by loss.
+
+    Losses without a run are left out.
+    """
+    with (files("penex.paper") / "presets" / published.file).open(encoding="utf-8") as stream:
+        values = pd.read_csv(stream, index_col="epoch")
+    found = []
+    for spec in config.losses:
+        column = LINK if spec in published.link else SOFTMAX
+        ours = _ours(folder, spec, config.seeds, column)
+        if len(ours):
+            known = values[spec].to_numpy() if spec in values else np.empty(0)
+            found.append(Curve(spec, ours, known[: config.epochs]))
+    return found
+
+
+def _ours(folder: Path, spec: str, seeds: int, column: str) -> Floats:
+    runs = []
+    for seed in range(seeds):
+        run = run_folder(folder, spec, seed)
+        written = [run / "curve.csv"] if run.exists() else unfinished_curves(run)
+        runs += [pd.read_csv(file)[column].to_numpy(np.float64) for file in written]
+    epochs = min(map(len, runs), default=0)
+    return np.mean([run[:epochs] for run in runs], axis=0) if epochs else np.empty(0)
+
+
+def draw(curves: list[Curve]) -> Figure:
+    """Our curves solid, published ones dotted, to be saved within the style of the figures."""
+    figure = Figure(figsize=figures.LARGE, layout="constrained")
+    axes = figure.subplots()
+    looks = plots.looks(curve.spec for curve in curves)
+    for curve in curves:
+        colour, label = looks[curve.spec].colour, contender(curve.spec).label
+        for values, line, name in ((curve.ours, "-", label), (curve.published, ":", None)):
+            epochs = np.arange(len(values)) + 1
+            axes.plot(epochs, values, line, color=colour, label=name, linewidth=1.4)
+    axes.plot([], [], ":", color=plots.INK, label="Published")
+    later = np.concatenate([v[FIRST - 1 :] for c in curves for v in (c.ours, c.published)])
+    later = later[np.isfinite(later)]
+    if len(later):  # else the first epochs would leave little room for what differs
+        margin = 0.05 * np.ptp(later)
+        axes.set_ylim(later.min() - margin, later.max() + margin)
+    axes.set(xlabel="Epoch", ylabel="NLL on validation rows")
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+def write(published: PublishedCurves, config: Config, folder: Path, file: Path) -> dict[str, Any]:
+    """Draw `file`, and say how far the curves are apart.
+
+    Args:
+        published: Of the preset.
+        config: Of the experiment.
+        folder: Of its comparison.
+        file: Of the figure, as in :func:`penex.paper.figures.save`.
+
+    Returns:
+        The source of the published curves, and for each of them with a run of ours "loss", "rms"
+        and the epochs "first" to "last" that it is of; rms is None before epoch :data:`FIRST`.
+    """
+    curves = gather(published, config, folder)
+    with figures.style("published"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draw(curves).savefig(file, dpi=200)
+    return {
+        "source": published.source,
+        "distances": [
+            {"loss": each.spec, "rms": each.distance, "first": FIRST, "last": each.last}
+            for each in curves
+            if len(each.published)
+        ],
+    }
