@@ -78,7 +78,7 @@ def bare(model: nn.Module, config: Config, part: Part, held: Part) -> Callable[[
 def run(config: Config, dataset: Dataset, folder: Path) -> Callable[[], object]:
     """An epoch of the comparison, between its start and its end."""
     task = Task(folder, "cross-entropy", 0, config.lr, float("nan"))
-    ready = train._prepared(task, config, dataset, Execution())
+    ready = train._set_up(task, config, dataset, Execution())
     progress = train._Progress(folder)
     progress.resume(ready.learner)
 

@@ -14,7 +14,7 @@ import numpy as np
 from penex.compare.config import Config, Execution, Task
 from penex.compare.data.dataset import Dataset, Texts
 from penex.compare.data.images import Images
-from penex.compare.training.distributed import joined
+from penex.compare.training.distributed import default_process_group
 from penex.compare.training.run import run
 
 ROWS = 65
@@ -78,7 +78,7 @@ def train(folder: Path, name: str, execution: Execution) -> None:
 
 
 def main(folder: str) -> None:
-    with joined():
+    with default_process_group():
         for name in CASES:
             train(Path(folder), name, Execution(devices=2, strategy="ddp"))
         train(Path(folder) / "sharded", "pictures", Execution(devices=2, strategy="fsdp"))

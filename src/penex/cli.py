@@ -176,12 +176,12 @@ def compare(
         from penex.compare.data.load import short_name
         from penex.compare.display import Display
         from penex.compare.runner import compare as run
-        from penex.compare.training.distributed import leads
+        from penex.compare.training.distributed import is_rank_zero
 
         out = out or Path("penex-results") / short_name(settings.data)
         _announce(console, settings, out)
         run(settings, out, execution=execution, display=Display(console))
-        if leads():
+        if is_rank_zero():
             _report(console, out)
 
 
@@ -526,9 +526,9 @@ def _execution(options: dict[str, Any]) -> "Execution":
     from penex._cli_options import given
     from penex.compare.config import Execution
     from penex.compare.errors import CompareError
-    from penex.compare.training.distributed import machines, start
+    from penex.compare.training.distributed import devices_and_nodes, start
 
-    devices, nodes = machines()
+    devices, nodes = devices_and_nodes()
     defaults = {"jobs": None, "devices": devices, "nodes": nodes}
     execution = Execution(**defaults | given(options, Execution))
     for name in execution.loggers:

@@ -257,7 +257,7 @@ def test_a_folder_the_system_refuses(tmp_path: Path) -> None:
 
 def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:
     with store.lock(tmp_path / "a" / "b"):
-        store.claim(tmp_path / "a" / "b", CONFIG, IRIS)
+        store.start_or_resume(tmp_path / "a" / "b", CONFIG, IRIS)
     config, data = store.read_comparison(tmp_path / "a" / "b")
     assert config == CONFIG
     assert data == {
@@ -272,12 +272,12 @@ def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:
 def test_a_folder_with_something_else_in_it(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(CompareError, match=r"is not empty and holds no comparison; .* --out$"):
-        store.claim(tmp_path, CONFIG, IRIS)
+        store.start_or_resume(tmp_path, CONFIG, IRIS)
     assert names(tmp_path) == {"thesis.tex"}
 
 
 def test_claiming_clears_what_was_never_finished(tmp_path: Path) -> None:
-    store.claim(tmp_path, CONFIG, IRIS)
+    store.start_or_resume(tmp_path, CONFIG, IRIS)
     kept = store.run_folder(tmp_path, "penex", 0)
     kept.mkdir(parents=True)
     (kept / "run.json").write_text("{}")
@@ -285,7 +285,7 @@ def test_claiming_clears_what_was_never_finished(tmp_path: Path) -> None:
     dead.mkdir()
     (dead / "run.json").write_text("{")
     (tmp_path / ".partial-results.json").write_text("{")
-    store.claim(tmp_path, CONFIG, IRIS)
+    store.start_or_resume(tmp_path, CONFIG, IRIS)
     assert names(tmp_path) == {"comparison.json", "runs/penex/seed-0/run.json"}
     assert not dead.exists()
 
@@ -294,22 +294,22 @@ def test_claiming_clears_what_was_never_finished(tmp_path: Path) -> None:
 def test_a_folder_changes_hands_unless_there_is_work_in_it(
     tmp_path: Path, work: str | None
 ) -> None:
-    def claim(epochs: int) -> None:
+    def start_or_resume(epochs: int) -> None:
         config = Config(data="iris", epochs=epochs)
-        store.claim(tmp_path, config, load(config))
+        store.start_or_resume(tmp_path, config, load(config))
 
-    claim(3)
+    start_or_resume(3)
     (tmp_path / "tuning").mkdir()
     (tmp_path / "tuning" / "study.journal").write_text("trials of three epochs")
     if work is not None:
         left = unfinished(tmp_path / "runs" / "penex" / "seed-0", {"epochs": 3})
         (left / store.CHECKPOINT).rename(left / work)
         with pytest.raises(CompareError, match=r"epochs was 3, is 4"):
-            claim(4)
+            start_or_resume(4)
         assert (left / work).exists()
-        claim(3)
+        start_or_resume(3)
     else:
-        claim(4)
+        start_or_resume(4)
         assert not (tmp_path / "tuning").exists()
         assert store.read_comparison(tmp_path)[0].epochs == 4
 
@@ -322,7 +322,7 @@ def finish(folder: Path, *runs: tuple[str, int]) -> None:
 
 def claimed(folder: Path, losses: tuple[str, ...], seeds: int, **options: Any) -> Config:
     config = Config(data="iris", losses=losses, seeds=seeds, **options)
-    store.claim(folder, config, IRIS)
+    store.start_or_resume(folder, config, IRIS)
     return store.read_comparison(folder)[0]
 
 

@@ -222,7 +222,7 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     folder = made.best.save(tmp_path / "model")
     path = folder / "model.json"
     path.write_text(path.read_text().replace(f"{__name__}:net", "elsewhere:net"))
-    with pytest.raises(CompareError, match="elsewhere:net is a network of somebody's own"):
+    with pytest.raises(CompareError, match="elsewhere:net is user-defined"):
         _ = load(folder).best
     with pytest.raises(CompareError, match="model: cannot import elsewhere"):
         load(folder, trust=True)

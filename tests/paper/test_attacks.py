@@ -135,7 +135,7 @@ def test_attacks_stay_within_radius_and_range(monkeypatch: pytest.MonkeyPatch) -
         seen.append(x)
         return true(target, x, y)
 
-    monkeypatch.setattr(robustness, "_right", right)
+    monkeypatch.setattr(attacks, "_right", right)
     accuracies(linear.target(box=(0.0, 1.0)), linear.x, linear.y, "l2", [0.2])
     rows = {row.tobytes() for row in linear.x}
     for moved in seen[1:]:

@@ -267,10 +267,10 @@ def test_reliability_without_a_seed_in_common(tmp_path: Path) -> None:
 
 def test_one_colour_and_dash_for_each_loss() -> None:
     specs = [*DEFAULT_LOSSES, *(f"penex={n}" for n in range(1, 13))]
-    looks = plots.looks(specs)
+    looks = plots.line_styles(specs)
     assert len(set(looks.values())) == len(specs)
     assert [looks[spec].colour for spec in DEFAULT_LOSSES] == list(plots.COLOURS)
-    assert plots.looks(["penex=0.3"])["penex=0.3"] == looks["penex"]
+    assert plots.line_styles(["penex=0.3"])["penex=0.3"] == looks["penex"]
 
 
 # ---- of functions ----------------------------------------------------------------------------
@@ -355,7 +355,8 @@ def test_decision_regions_are_of_the_networks(plane: Path) -> None:
 
 def test_pyplot_is_not_imported(sweep: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from penex.compare import figures, plots, report\n"
+        "import sys; from pathlib import Path\n"
+        "from penex.compare.analysis import plots, report; from penex.paper import figures\n"
         "one = plots.read(Path(sys.argv[1]))\n"
         "figures.save('curves', [one], Path(sys.argv[2], 'curves.svg'))\n"
         "report.merge([one], Path(sys.argv[2]))\n"

@@ -19,7 +19,7 @@ from pydantic import (
 
 from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.registry import DEFAULT_LOSSES, contender
-from penex.compare.user_objects import NAME, admit, registered
+from penex.compare.user_objects import OBJECT_NAME, import_object, registered
 from penex.metrics import METRICS
 
 Positive = Annotated[int, Field(gt=0)]
@@ -375,6 +375,12 @@ class Config(BaseModel):
             variable.add("select")
         return self.model_dump(mode="json", exclude=variable)
 
+    @property
+    def user_objects(self) -> list[str]:
+        """Names of the losses and the network that the user has defined."""
+        named = (_loss_name(spec) for spec in self.losses)
+        return [name for name in (*named, self.model) if name and registered(name) is not None]
+
     def lr_for(self, spec: str) -> float:
         """The learning rate of a loss, untuned."""
         return self.lr_of.get(spec, self.lr)
@@ -469,7 +475,8 @@ def configure(path: Path | None = None, **options: Any) -> Config:
     if "data" not in values:
         # The demonstration: little data is where losses differ.
         values = {"train_size": 300} | values
-    admit_losses(values.get("losses"))  # named by the user, not by a received folder
+    # Only what the user names is imported, never what a received folder names.
+    import_user_objects(values.get("losses"), values.get("model"))
     try:
         return Config(**values)
     except ValidationError as error:
@@ -485,20 +492,30 @@ def configure(path: Path | None = None, **options: Any) -> Config:
         raise CompareError(message if message.startswith(name) else f"{name}: {message}") from None
 
 
-def admit_losses(losses: Any) -> None:
-    """Import the losses of the user's own among some names, and check them.
+def import_user_objects(losses: Any, model: Any = None) -> None:
+    """Import the losses and the network that are named as ``MODULE:NAME``, and check the losses.
+
+    Args:
+        losses: Names of losses; anything else is ignored, to be refused by :class:`Config`.
+        model: Name of a network, or None.
 
     Raises:
-        CompareError: One cannot be imported, or trained with.
+        CompareError: One cannot be imported, or a loss cannot be trained with.
     """
+    if isinstance(model, str) and OBJECT_NAME.fullmatch(model):
+        import_object(model, "model")
     for spec in losses if isinstance(losses, list | tuple) else ():
-        name = re.split(r"[=(]", str(spec))[0].strip()
-        if NAME.fullmatch(name) or registered(name) is not None:
+        name = _loss_name(str(spec))
+        if OBJECT_NAME.fullmatch(name) or registered(name) is not None:
             from penex.compare.user_losses import check  # torch
 
             if registered(name) is None:
-                admit(name, "losses")
+                import_object(name, "losses")
             check(contender(str(spec)).loss)
+
+
+def _loss_name(spec: str) -> str:
+    return re.split(r"[=(]", spec)[0].strip()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def room(folder: Path) -> Iterator[None]:
+def report_full_disk(folder: Path) -> Iterator[None]:
     """Say plainly that the disk is full if it becomes so while `folder` is written to.
 
     Raises:
@@ -77,7 +77,7 @@ def room(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def claim(folder: Path, config: Config, dataset: Dataset) -> None:
+def start_or_resume(folder: Path, config: Config, dataset: Dataset) -> None:
     """Make `folder` this comparison's, or check that it is, and clear what was never finished.
 
     A folder without any work in it may change hands. One with finished runs of other losses or more
@@ -172,13 +172,13 @@ def clear_partial(folder: Path) -> None:
         if partial.parent.name.startswith(_PARTIAL):
             continue  # a part of a run, which is judged as a whole
         if partial.suffix == ".lock":
-            with _held(partial.with_suffix("")):
+            with _locked(partial.with_suffix("")):
                 pass
         elif partial.is_file():
             partial.unlink(missing_ok=True)
         else:
             run = partial.name.removeprefix(_PARTIAL)[: -len(_ID) - 1]
-            with _held(partial) as ours:
+            with _locked(partial) as ours:
                 finished = partial.with_name(run).exists()
                 if ours and (finished or not (partial / CHECKPOINT).exists()):
                     shutil.rmtree(partial, ignore_errors=True)
@@ -247,7 +247,7 @@ def new_run(folder: Path, started: object = None) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     started = json.loads(json.dumps(started))
     with contextlib.ExitStack() as stack:
-        partial = _left_behind(folder, started, stack) or _fresh(folder, started, stack)
+        partial = _resumable(folder, started, stack) or _new_partial(folder, started, stack)
         try:
             yield partial
             for file in partial.rglob("*"):
@@ -266,11 +266,11 @@ def new_run(folder: Path, started: object = None) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _left_behind(folder: Path, started: object, stack: contextlib.ExitStack) -> Path | None:
+def _resumable(folder: Path, started: object, stack: contextlib.ExitStack) -> Path | None:
     """The folder of an unfinished run that can go on, held by `stack`; others are removed."""
     for partial in folder.parent.glob(f"{_PARTIAL}{glob.escape(folder.name)}-{_ID}"):
         with contextlib.ExitStack() as held:
-            if not held.enter_context(_held(partial)):
+            if not held.enter_context(_locked(partial)):
                 continue  # somebody is at work in it
             with contextlib.suppress(OSError, ValueError):
                 same = json.loads((partial / _STARTED).read_text(encoding="utf-8")) == started
@@ -283,16 +283,16 @@ def _left_behind(folder: Path, started: object, stack: contextlib.ExitStack) -> 
     return None
 
 
-def _fresh(folder: Path, started: object, stack: contextlib.ExitStack) -> Path:
+def _new_partial(folder: Path, started: object, stack: contextlib.ExitStack) -> Path:
     partial = folder.with_name(f"{_PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}")
-    stack.enter_context(_held(partial))
+    stack.enter_context(_locked(partial))
     partial.mkdir()
     write_json(partial / _STARTED, started)
     return partial
 
 
 @contextlib.contextmanager
-def _held(partial: Path) -> Iterator[bool]:
+def _locked(partial: Path) -> Iterator[bool]:
     """Hold an unfinished run's folder, or one to be made; False if another process does.
 
     The file that is locked goes with the folder.

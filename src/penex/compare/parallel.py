@@ -5,7 +5,7 @@ import functools
 import multiprocessing
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from penex.compare.config import Execution
 from penex.compare.errors import CompareError
-from penex.compare.training.distributed import end_with, world
-from penex.compare.user_objects import carrying
+from penex.compare.training.distributed import exit_with_parent, world_size
+from penex.compare.user_objects import with_user_objects
 
 Each = Callable[[Callable[..., Any], Sequence[Any]], Iterator[Any]]
 
@@ -32,40 +32,42 @@ class Workers:
 
 
 @contextlib.contextmanager
-def workers(execution: Execution, folder: Path, *shared: Any) -> Iterator[Workers]:
+def workers(
+    execution: Execution, folder: Path, *shared: Any, user_objects: Iterable[str] = ()
+) -> Iterator[Workers]:
     """Processes that work for as long as the context is open.
 
     Args:
         execution: How many, and where.
         folder: The output folder, which must be the same one for all of them.
         shared: What every piece of work needs, sent once to each host.
+        user_objects: Names of the losses and networks, defined by the user, that it needs.
 
     Raises:
         CompareError: They cannot be had, or do not see `folder`.
     """
-    if world() != execution.devices * execution.nodes:
+    if world_size() != execution.devices * execution.nodes:
         raise CompareError(
             f"devices: {execution.devices} on each of {execution.nodes} machine(s) were asked "
-            f"for, but there are {world()} processes; start them with torchrun"
+            f"for, but there are {world_size()} processes; start them with torchrun"
         )
     if execution.backend == "ray":
-        if world() > 1:
+        if world_size() > 1:
             raise CompareError("backend: a run over several devices has them all; leave out ray")
         from penex.compare.training.ray_cluster import cluster
 
         with cluster(execution, folder, shared) as (jobs, each):
-            yield Workers(jobs, _carried(each))
+            yield Workers(jobs, _with_objects(each, user_objects))
     else:
-        jobs = 1 if world() > 1 else execution.jobs or _places()
-        yield Workers(jobs, _carried(functools.partial(_each, jobs, shared)))
+        jobs = 1 if world_size() > 1 else execution.jobs or _default_jobs()
+        yield Workers(jobs, _with_objects(functools.partial(_each, jobs, shared), user_objects))
 
 
-def _carried(each: Each) -> Each:
-    """Take losses and networks of the user's own to the workers."""
-    return lambda work, items: each(carrying(work), items)
+def _with_objects(each: Each, names: Iterable[str]) -> Each:
+    return lambda work, items: each(with_user_objects(work, names), items)
 
 
-def _places() -> int:
+def _default_jobs() -> int:
     """One for each core; where there is a GPU, all runs would be on that one, so one."""
     if shutil.which("nvidia-smi") is not None:  # else torch, seconds to import, is not asked
         import torch
@@ -82,7 +84,7 @@ def _each(
     if not items:
         return
     parallel = joblib.Parallel(min(jobs, len(items)), return_as="generator_unordered", batch_size=1)
-    calls = (joblib.delayed(_attended)(work, item, *shared) for item in items)
+    calls = (joblib.delayed(_run_in_worker)(work, item, *shared) for item in items)
     with contextlib.closing(parallel(calls)) as results:
         try:
             yield from results
@@ -93,15 +95,15 @@ def _each(
             ) from None
 
 
-def _attended(work: Callable[..., Any], *arguments: Any) -> Any:
-    _follow_the_parent()
+def _run_in_worker(work: Callable[..., Any], *arguments: Any) -> Any:
+    _tie_to_parent()
     return work(*arguments)
 
 
 @functools.cache  # once per process
-def _follow_the_parent() -> None:
+def _tie_to_parent() -> None:
     """In a worker: leave Ctrl-C, which reaches all processes, to the parent; end when it ends."""
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        end_with(parent.pid)
+        exit_with_parent(parent.pid)

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from penex.compare.errors import CompareError
-from penex.compare.user_objects import NAME, registered
+from penex.compare.user_objects import OBJECT_NAME, known, registered
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -373,7 +373,7 @@ def contender(spec: str) -> Contender:
         return Contender(name, loss, None)
     if loss.knob is None:
         raise CompareError(f"losses: {name} has no hyperparameter to set, got {spec!r}")
-    return Contender(spec.strip(), loss, _held(loss, value, spec))
+    return Contender(spec.strip(), loss, _locked(loss, value, spec))
 
 
 def _entry(name: str) -> Loss:
@@ -384,17 +384,14 @@ def _entry(name: str) -> Loss:
         from penex.compare.user_losses import user_loss
 
         return user_loss(name, own)
-    if NAME.fullmatch(name):
-        raise CompareError(
-            f"losses: {name} is a loss of somebody's own, whose code has not been run here; give "
-            "it again, or trust this folder (--trust)"
-        )
+    if OBJECT_NAME.fullmatch(name):
+        known(name, "losses")  # refuses it
     close = difflib.get_close_matches(name, LOSSES, n=1)
     hint = f"; did you mean {close[0]}?" if close else "."
     raise CompareError(f"losses: no loss is called {name!r}{hint} Known: {', '.join(LOSSES)}.")
 
 
-def _held(loss: Loss, text: str, spec: str) -> float:
+def _locked(loss: Loss, text: str, spec: str) -> float:
     """The value of the knob that a text stands for."""
     knob = loss.knob
     assert knob is not None  # noqa: S101  # the caller has looked
@@ -431,7 +428,7 @@ def _with_options(loss: Loss, text: str) -> Contender:
         if ".." in written:
             continue
         if option in own:
-            value = _held(loss, written, spec)
+            value = _locked(loss, written, spec)
         else:
             held[option] = _value(written)
     for option, written in ranges:

@@ -18,11 +18,11 @@ import pandas as pd
 from rich.console import Console
 
 from penex.compare.analysis import plots, report, tables, verdict
-from penex.compare.config import Config, Execution, Task, admit_losses, configure
+from penex.compare.config import Config, Execution, Task, configure, import_user_objects
 from penex.compare.data.dataset import ClassType, Content, Dataset, encode_labels
 from penex.compare.data.images import Images
-from penex.compare.data.load import checked
 from penex.compare.data.load import load as read
+from penex.compare.data.load import to_dataset
 from penex.compare.data.new_rows import channels_first
 from penex.compare.data.tables import content_of, texts
 from penex.compare.display import Display
@@ -38,7 +38,7 @@ from penex.compare.output_folder import (
 )
 from penex.compare.registry import LOSSES, Loss
 from penex.compare.runner import compare
-from penex.compare.user_objects import NAME, admit, register
+from penex.compare.user_objects import register
 from penex.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -355,7 +355,7 @@ class Result:
             return f"<pre>{html.escape(repr(self.best))}</pre>"
         warnings = "".join(f"<li>{html.escape(text)}</li>" for text in self.warnings)
         draw = functools.partial(
-            plots.learning, evidence=self.comparison.evidence, column="validation_nll"
+            plots.learning, loss_results=self.comparison.loss_results, column="validation_nll"
         )
 
         def panel(axes: Any) -> None:
@@ -384,9 +384,7 @@ def _spec(loss: Any) -> str:
 
 def _trust(names: Iterable[str], network: str | None) -> None:
     """Import what a folder names."""
-    admit_losses(list(names))
-    if network is not None and NAME.fullmatch(network):
-        admit(network, "model")
+    import_user_objects(list(names), network)
 
 
 def in_memory(X: Any, y: Any, config: Config) -> Dataset:  # noqa: N803
@@ -398,7 +396,7 @@ def in_memory(X: Any, y: Any, config: Config) -> Dataset:  # noqa: N803
     if isinstance(X, pd.DataFrame):
         content = _of_frame(X, y, config)
         return dataclasses.replace(
-            checked(config.data, content, config), class_type=_class_type(X, y)
+            to_dataset(config.data, content, config), class_type=_class_type(X, y)
         )
     if y is None or isinstance(y, str):
         raise CompareError(f"y: expected the classes of the rows, got {y!r}")
@@ -407,7 +405,9 @@ def in_memory(X: Any, y: Any, config: Config) -> Dataset:  # noqa: N803
     if len(features) != len(labels):
         raise CompareError(f"y: expected {len(features)} classes, got {len(labels)}")
     content = Content(features, *encode_labels(labels, "y"))
-    return dataclasses.replace(checked(config.data, content, config), class_type=_class_type(X, y))
+    return dataclasses.replace(
+        to_dataset(config.data, content, config), class_type=_class_type(X, y)
+    )
 
 
 def _of_frame(frame: pd.DataFrame, y: Any, config: Config) -> Content:

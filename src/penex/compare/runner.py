@@ -10,26 +10,26 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from penex.compare.config import Config, Execution, Task
-from penex.compare.data.columns import uses, warnings
+from penex.compare.data.columns import describe_columns, warnings
 from penex.compare.data.dataset import Dataset, Texts
 from penex.compare.data.images import Images
 from penex.compare.data.load import load
 from penex.compare.data.split import draw_rows
 from penex.compare.display import Display
 from penex.compare.output_folder import (
-    claim,
     clear_partial,
     epochs_done,
     lock,
     read_json,
-    room,
+    report_full_disk,
     run_folder,
+    start_or_resume,
     trial_folder,
     write_json,
 )
 from penex.compare.parallel import Workers, workers
 from penex.compare.registry import contender
-from penex.compare.training.distributed import decided, joined, leads
+from penex.compare.training.distributed import default_process_group, is_rank_zero, on_rank_zero
 from penex.compare.training.duration import SURELY_SHORT, forecast, recorded, seconds_per_epoch
 
 if TYPE_CHECKING:
@@ -65,20 +65,27 @@ def compare(
     dataset = load(config) if dataset is None else dataset
     for seed in range(config.seeds):  # refuse now what would be refused after hours
         draw_rows(dataset, seed, config)
-    for line in (*dataset.notes, *uses(dataset)):
+    for line in (*dataset.notes, *describe_columns(dataset)):
         display.note(line)
     for line in warnings(dataset):
         display.warn(line)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(joined())
-        decided(lambda: _enter(stack, config, folder, dataset))
-        pool = stack.enter_context(workers(execution, folder, folder, config, dataset, execution))
+        stack.enter_context(default_process_group())
+        on_rank_zero(lambda: _acquire(stack, config, folder, dataset))
+        pool = stack.enter_context(
+            workers(
+                execution,
+                folder,
+                *(folder, config, dataset, execution),
+                user_objects=config.user_objects,
+            )
+        )
         studies: Mapping[str, Study] = {}
         if config.tune:
             from penex.compare.training.tune import open_studies  # Optuna: only where it is used
 
             studies = open_studies(folder, config, dataset, execution)
-        _foretell(config, folder, dataset, execution, studies, pool, display)
+        _print_forecast(config, folder, dataset, execution, studies, pool, display)
         values = {spec: _untuned(config, spec) for spec in config.losses}
         if studies:
             values |= _tuned(config, folder, execution, studies, pool, display)
@@ -88,7 +95,7 @@ def compare(
         ]
         done = functools.partial(epochs_done, [task.folder for task in tasks], config.epochs)
         with display.stage("Training", len(tasks) * config.epochs, done):
-            missing = decided(lambda: [task for task in tasks if not task.folder.exists()])
+            missing = on_rank_zero(lambda: [task for task in tasks if not task.folder.exists()])
             for line in pool.each(_train, missing):
                 display.finished(line)
         _measure_times(config, folder, values, pool)
@@ -99,11 +106,11 @@ def _measure_times(
 ) -> None:
     """Record the time of a training epoch of each loss, measured one at a time."""
     path = folder / "timing.json"
-    known: dict[str, float] = decided(lambda: read_json(path) if path.exists() else {})
+    known: dict[str, float] = on_rank_zero(lambda: read_json(path) if path.exists() else {})
     missing = [spec for spec in config.losses if spec not in known]
     for spec in missing:
         (known[spec],) = pool.each(_measure, [(spec, values[spec]["knob"])])
-    if missing and leads():
+    if missing and is_rank_zero():
         write_json(path, known)
 
 
@@ -116,15 +123,15 @@ def _untuned(config: Config, spec: str) -> dict[str, float]:
     return {"lr": config.lr_for(spec), "knob": contender(spec).untuned}
 
 
-def _enter(stack: contextlib.ExitStack, config: Config, folder: Path, dataset: Dataset) -> None:
+def _acquire(stack: contextlib.ExitStack, config: Config, folder: Path, dataset: Dataset) -> None:
     """Make `folder` this comparison's until `stack` is closed."""
     stack.enter_context(lock(folder))
-    stack.enter_context(room(folder))
-    stack.enter_context(_tidy(folder))
-    claim(folder, config, dataset)
+    stack.enter_context(report_full_disk(folder))
+    stack.enter_context(_clearing_partial(folder))
+    start_or_resume(folder, config, dataset)
 
 
-def _foretell(
+def _print_forecast(
     config: Config,
     folder: Path,
     dataset: Dataset,
@@ -140,13 +147,13 @@ def _foretell(
         for number in range(study.trials)
     ]
     runs = [run_folder(folder, spec, seed) for seed, spec in _pairs(config)]
-    finished = decided(lambda: [run for run in (*trials, *runs) if run.exists()])
+    finished = on_rank_zero(lambda: [run for run in (*trials, *runs) if run.exists()])
     stages = []
     for stage, most in ((trials, len(studies) * execution.tune_jobs), (runs, len(runs))):
         left = len(set(stage) - set(finished))
         stages.append((left, max(1, min(pool.jobs, most, left))))
     rows = [len(part) for part in draw_rows(dataset, 0, config)]
-    seconds = decided(lambda: recorded(finished))
+    seconds = on_rank_zero(lambda: recorded(finished))
     if seconds is None:
         steps = math.ceil(rows[0] / config.batch_size)
         small = config.model in (None, "mlp") and not isinstance(dataset.features, Images | Texts)
@@ -178,7 +185,7 @@ def _tuned(
     display: Display,
 ) -> dict[str, dict[str, float]]:
     """Tune what is not tuned yet; the values found for every loss."""
-    from penex.compare.training.tune import BEAT
+    from penex.compare.training.tune import HEARTBEAT_SECONDS
 
     trials = [
         trial_folder(folder, spec, number)
@@ -187,20 +194,20 @@ def _tuned(
     ]
     done = functools.partial(epochs_done, trials, config.epochs)
     with display.stage("Tuning", len(trials) * config.epochs, done):
-        while missing := decided(lambda: [s for s in studies if not studies[s].is_finished()]):
+        while missing := on_rank_zero(lambda: [s for s in studies if not studies[s].is_finished()]):
             found = set()
             shares = [(spec, worker) for worker in range(execution.tune_jobs) for spec in missing]
             for spec in pool.each(_tune, shares):
-                if spec not in found and decided(studies[spec].is_finished):
+                if spec not in found and on_rank_zero(studies[spec].is_finished):
                     found.add(spec)
-                    display.finished(_found(spec, studies[spec].best()))
+                    display.finished(_tuned_line(spec, studies[spec].best()))
             if len(found) < len(missing):
                 # Another command has the last trials: wait for them, or for signs of its death.
-                time.sleep(BEAT)
-    return decided(lambda: {spec: study.best() for spec, study in studies.items()})
+                time.sleep(HEARTBEAT_SECONDS)
+    return on_rank_zero(lambda: {spec: study.best() for spec, study in studies.items()})
 
 
-def _found(spec: str, best: dict[str, float]) -> str:
+def _tuned_line(spec: str, best: dict[str, float]) -> str:
     who = contender(spec)
     knob = f", {who.loss.knob.name} {best['knob']:.3g}" if who.loss.knob else ""
     return f"{who.label}: tuned to learning rate {best['lr']:.3g}{knob}"
@@ -220,7 +227,7 @@ def _train(task: Task, folder: Path, config: Config, dataset: Dataset, execution
     from penex.compare.training.run import run  # torch and Lightning: only the process that trains
 
     run(task, config, dataset, execution)
-    record = decided(lambda: read_json(task.folder / "run.json"))
+    record = on_rank_zero(lambda: read_json(task.folder / "run.json"))
     scores, epoch = record["validation"].get(config.select), record["epochs"].get(config.select)
     if scores is None:
         result = "diverged"
@@ -235,7 +242,7 @@ def _train(task: Task, folder: Path, config: Config, dataset: Dataset, execution
 
 
 @contextlib.contextmanager
-def _tidy(folder: Path) -> Iterator[None]:
+def _clearing_partial(folder: Path) -> Iterator[None]:
     """Leave nothing half-written behind."""
     try:
         yield

@@ -38,9 +38,11 @@ def user_loss(name: str, thing: Any) -> Loss:
         return replace(thing, name=name)
     label = name.partition(":")[2]
     if isinstance(thing, nn.Module):
-        build: Any = _Copies(thing)
+        build: Any = _Copier(thing)
     elif callable(thing):
-        build = _Made(path=name, factory=_Function(thing) if _takes_a_batch(thing) else thing)
+        build = _FromFactory(
+            path=name, factory=_Function(thing) if _takes_a_batch(thing) else thing
+        )
     else:
         raise CompareError(
             f"losses: {name}: expected a criterion, its class, a function, or an entry "
@@ -51,7 +53,7 @@ def user_loss(name: str, thing: Any) -> Loss:
 
 
 @dataclass(frozen=True)
-class _Made(Make):
+class _FromFactory(Make):
     """Builds a criterion by what the user gave."""
 
     factory: Callable[..., Any] | None = None
@@ -70,7 +72,7 @@ class _Made(Make):
 
 
 @dataclass(frozen=True)
-class _Copies:
+class _Copier:
     """Builds copies of a criterion, as each run changes the state of its own."""
 
     criterion: nn.Module

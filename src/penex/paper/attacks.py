@@ -37,7 +37,7 @@ from penex.compare.errors import CompareError
 from penex.compare.output_folder import (
     lock,
     read_comparison,
-    room,
+    report_full_disk,
     run_folder,
     write_json,
 )
@@ -123,7 +123,7 @@ def attack(
     if not runs:
         raise CompareError(f"{folder} has no finished run yet; run penex compare first")
     source = Source(folder)
-    with lock(folder), room(folder):
+    with lock(folder), report_full_disk(folder):
         records = read(folder)
         if records and records[0]["asked"] != rows:
             raise CompareError(

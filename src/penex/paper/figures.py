@@ -1,6 +1,6 @@
 """Figures by name, drawn from the saved files of one comparison or several.
 
-Each is a function from :class:`~penex.compare.analysis.plots.Comparison` objects to a Matplotlib figure;
+Each is a function from :class:`~penex.compare.analysis.plots.Comparison` objects to a figure;
 :data:`FIGURES` has them by name. No network runs again, except where a figure shows its function:
 then it is loaded from its checkpoint.
 """
@@ -21,7 +21,7 @@ from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 
 from penex.compare.analysis import plots
-from penex.compare.analysis.plots import INK, STYLE, Comparison, Evidence, Floats
+from penex.compare.analysis.plots import INK, STYLE, Comparison, Floats, LossResults
 from penex.compare.analysis.robustness import NORMS, read
 from penex.compare.analysis.summary import curves, predictions
 from penex.compare.config import Config
@@ -102,7 +102,7 @@ def metric_curves(comparisons: Sequence[Comparison]) -> Figure:
     for number, one in enumerate(comparisons):
         for row, metric in enumerate(("nll", "accuracy")):
             for axes, (part, title) in zip(panels[2 * number + row], parts.items(), strict=True):
-                plots.learning(axes, one.evidence, f"{part}_{metric}")
+                plots.learning(axes, one.loss_results, f"{part}_{metric}")
                 axes.set_title(f"{one.name}: {title}", loc="left")
     _legend(figure, panels.flat)
     return figure
@@ -222,7 +222,7 @@ def _against_strength(
 ) -> None:
     """A line per epoch with intervals over seeds, and that of the reference across."""
     knob, specs = LOSSES[name].knob, _sweep(one, name)
-    colour = plots.looks([name])[name].colour
+    colour = plots.line_styles([name])[name].colour
     for epoch, title in epochs.items():
         filled = FILLED.get(epoch, True)
         cells = {strength: value(spec, epoch) for strength, spec in specs.items()}
@@ -259,18 +259,18 @@ def error_histogram(comparisons: Sequence[Comparison]) -> Figure:
     """How many test rows have which error 1 − p(label), at the selected epoch, of all seeds."""
     figure, panels = _panels(len(comparisons))
     for one, axes in _filled(comparisons, panels):
-        for evidence in one.evidence:
-            if n := len(evidence.errors):
+        for loss_results in one.loss_results:
+            if n := len(loss_results.errors):
                 weights = np.full(n, 100 / n)
                 axes.hist(
-                    evidence.errors,
+                    loss_results.errors,
                     bins=list(np.linspace(0, 1, 21)),
                     weights=weights,
                     histtype="step",
                     linewidth=1.4,
-                    color=evidence.colour,
-                    linestyle=evidence.line["linestyle"],
-                    label=evidence.label,
+                    color=loss_results.colour,
+                    linestyle=loss_results.line["linestyle"],
+                    label=loss_results.label,
                 )
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -283,7 +283,7 @@ def error_histogram(comparisons: Sequence[Comparison]) -> Figure:
 @_named("reliability")
 def reliability(comparisons: Sequence[Comparison]) -> Figure:
     """Accuracy against confidence of every loss at the selected epoch, of all seeds together."""
-    shown = [[each for each in one.evidence if each.diagrams] for one in comparisons]
+    shown = [[each for each in one.loss_results if each.diagrams] for one in comparisons]
     if not any(shown):
         raise NothingToShowError("every run diverged")
     columns = min(5, max(map(len, shown)))
@@ -316,7 +316,7 @@ def margins(comparisons: Sequence[Comparison]) -> Figure:
     """
     figure, panels = _panels(len(comparisons))
     for one, axes in _filled(comparisons, panels):
-        plots.distribution(axes, one.evidence)
+        plots.distribution(axes, one.loss_results)
         axes.set_title(one.name, loc="left")
     _legend(figure, panels.flat)
     return figure
@@ -329,7 +329,7 @@ def qualitative(comparisons: Sequence[Comparison]) -> Figure:
     The rows are those at evenly spaced ranks of difficulty, the mean of p(label) over the losses,
     so none is picked by hand. Pictures are shown where the data can be read and are pictures.
     """
-    tables = [(one, _one_per_loss(one.evidence)) for one in comparisons]
+    tables = [(one, _one_per_loss(one.loss_results)) for one in comparisons]
     columns = max(len(found) for _, found in tables)
     height = 0.17 * CLASSES_SHOWN + 0.35
     figure, panels = _grid(
@@ -365,7 +365,7 @@ def qualitative(comparisons: Sequence[Comparison]) -> Figure:
 
 
 def _probabilities(
-    one: Comparison, found: Sequence[Evidence]
+    one: Comparison, found: Sequence[LossResults]
 ) -> tuple[NDArray[np.int64], list[Floats]]:
     """Labels and (N, K) probabilities of the test rows at seed 0 and the selected epoch."""
     values, target = [], np.empty(0, np.int64)
@@ -434,10 +434,10 @@ def _bars(
     axes.set(xlim=(0, 1), xticks=[0, 0.5, 1], ylim=(CLASSES_SHOWN - 0.4, -0.6), yticks=[])
 
 
-def _one_per_loss(evidence: Sequence[Evidence]) -> list[Evidence]:
+def _one_per_loss(loss_results: Sequence[LossResults]) -> list[LossResults]:
     """The first of every loss, where the same is in a comparison at several strengths."""
-    first: dict[str, Evidence] = {}
-    for one in evidence:
+    first: dict[str, LossResults] = {}
+    for one in loss_results:
         first.setdefault(contender(one.spec).loss.name, one)
     return list(first.values())
 
@@ -451,7 +451,7 @@ def robustness(comparisons: Sequence[Comparison]) -> Figure:
     figure, panels = _grid(len(found), len(NORMS))
     for row, (one, records) in zip(panels, found, strict=True):
         for axes, norm in zip(row, NORMS, strict=True):
-            plots.robust(axes, one.evidence, records, norm)
+            plots.robust(axes, one.loss_results, records, norm)
             axes.set_title(one.name, loc="left")
     for fmt, face, title in (("o-", "#888888", "Selected epoch"), ("o:", "white", EPOCHS[LAST])):
         panels[0, 0].plot([], [], fmt, color="#888888", mfc=face, label=title)
@@ -464,11 +464,11 @@ def runtime(comparisons: Sequence[Comparison]) -> Figure:
     """Time of the training part of an epoch, each loss measured alone."""
     figure, panels = _panels(len(comparisons))
     for one, axes in _filled(comparisons, panels):
-        for place, each in enumerate(one.evidence):
+        for place, each in enumerate(one.loss_results):
             seconds = one.results["seconds_per_epoch"].get(each.spec)
             if seconds is not None:
                 axes.barh(place, 1000 * seconds, color=each.colour, height=0.5)
-        axes.set_yticks(range(len(one.evidence)), [each.label for each in one.evidence])
+        axes.set_yticks(range(len(one.loss_results)), [each.label for each in one.loss_results])
         axes.invert_yaxis()
         axes.set_axisbelow(True)
         axes.grid(visible=False, axis="y")
@@ -534,7 +534,7 @@ def decision_regions(comparisons: Sequence[Comparison]) -> Figure:
 
     views = []
     for one in comparisons:
-        view = plane(one.folder, [each.spec for each in _one_per_loss(one.evidence)])
+        view = plane(one.folder, [each.spec for each in _one_per_loss(one.loss_results)])
         if view is not None:
             views.append((one, view))
     if not views:

@@ -86,7 +86,7 @@ def draw(curves: list[Curve]) -> Figure:
     """Our curves solid, published ones dotted, to be saved within the style of the figures."""
     figure = Figure(figsize=figures.LARGE, layout="constrained")
     axes = figure.subplots()
-    looks = plots.looks(curve.spec for curve in curves)
+    looks = plots.line_styles(curve.spec for curve in curves)
     for curve in curves:
         colour, label = looks[curve.spec].colour, contender(curve.spec).label
         for values, line, name in ((curve.ours, "-", label), (curve.published, ":", None)):

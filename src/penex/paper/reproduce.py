@@ -15,9 +15,9 @@ from typing import Any
 from penex.compare.analysis import plots, report
 from penex.compare.config import Config, Execution
 from penex.compare.display import Display
-from penex.compare.output_folder import read_comparison, room, write_json
+from penex.compare.output_folder import read_comparison, report_full_disk, write_json
 from penex.compare.runner import compare
-from penex.compare.training.distributed import leads
+from penex.compare.training.distributed import is_rank_zero
 from penex.paper import figures, published
 from penex.paper.attacks import STEPS, attack
 from penex.paper.presets import Preset, preset
@@ -67,7 +67,7 @@ def reproduce(
         where = _data_folder(config, folder, data_dir, smoke)
         located = config.model_copy(update={"data_dir": None if where is None else str(where)})
         compare(located, folder / experiment, execution=execution, display=display)
-    if not leads():
+    if not is_rank_zero():
         return {}
     comparisons = {}
     # Those of an earlier call with other losses are still part of the reproduction.
@@ -79,7 +79,7 @@ def reproduce(
     for experiment, own in folders.items():
         if "robustness" in facts.figures:
             attack(own, say=display.finished, **(TRIAL if smoke else {}))
-        with room(own):
+        with report_full_disk(own):
             write_json(
                 own / "published.json", _published(facts, experiment, read_comparison(own)[0])
             )
@@ -88,7 +88,7 @@ def reproduce(
     several = list(comparisons.values())
     if len(several) > 1:
         report.merge(several, folder)
-    with room(folder):
+    with report_full_disk(folder):
         record = {
             "preset": name,
             "title": facts.title,

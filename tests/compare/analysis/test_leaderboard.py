@@ -1,4 +1,4 @@
-"""penex.compare.analysis.leaderboard against scipy, scikit-posthocs and loops over its definitions."""
+"""Leaderboards against scipy, scikit-posthocs and loops over their definitions."""
 
 import io
 
@@ -113,7 +113,7 @@ def test_data_sets_without_all_losses_are_left_out() -> None:
     )
 
 
-def joined(board: Leaderboard) -> set[frozenset[str]]:
+def default_process_group(board: Leaderboard) -> set[frozenset[str]]:
     """The losses below each bar of the diagram, from its lines."""
     (axes,) = critical_difference_diagram(board, title="NLL").axes
     position = {round(rank, 9): loss for loss, rank in board.ranks["rank"].items()}
@@ -123,7 +123,7 @@ def joined(board: Leaderboard) -> set[frozenset[str]]:
 
 def test_diagram_joins_what_is_not_distinguished() -> None:
     board = leaderboard(results(blocks=20, step=0.7), higher_is_better=False)
-    bars = joined(board)
+    bars = default_process_group(board)
     for i, first in enumerate(LOSSES):
         for second in LOSSES[i + 1 :]:
             together = any({first, second} <= bar for bar in bars)

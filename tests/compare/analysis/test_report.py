@@ -557,7 +557,7 @@ def test_evidence_is_pooled_from_the_saved_logits(folder: Path) -> None:
 
 def test_colours_stay_with_their_loss(folder: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "other", drawn(("penex", "focal", "penex=0.5"), seeds=1))
-    three, more = ({e.spec: e for e in plots.read(each).evidence} for each in (folder, other))
+    three, more = ({e.spec: e for e in plots.read(each).loss_results} for each in (folder, other))
     assert three["penex"].colour == more["penex"].colour
     assert more["penex"].dashes == ()
     assert more["penex=0.5"].dashes != ()

@@ -4,7 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from penex.compare.data.columns import TELLING, is_identifier, single_accuracy, uses, warnings
+from penex.compare.data.columns import (
+    TELLING,
+    describe_columns,
+    is_identifier,
+    single_accuracy,
+    warnings,
+)
 from penex.compare.data.dataset import Dataset
 
 N = 300
@@ -28,7 +34,7 @@ def test_uses() -> None:
         free=[f"text {i}" for i in range(N)],
         day=pd.date_range("2024-01-01", periods=N),
     )
-    assert uses(data) == [
+    assert describe_columns(data) == [
         "Used as numbers: 'x', 'n'",
         "Used as date: 'day'",
         "Used as category: 'kind'",
@@ -40,7 +46,7 @@ def test_uses() -> None:
 
 def test_what_is_no_table_has_no_columns() -> None:
     data = Dataset("t", np.zeros((N, 2), np.float32), TARGET, ("a", "b", "c"), "")
-    assert uses(data) == warnings(data) == []
+    assert describe_columns(data) == warnings(data) == []
 
 
 @pytest.mark.parametrize(

@@ -337,7 +337,8 @@ def test_text_column(tmp_path: Path) -> None:
 
 def test_fingerprint_in_another_process(csv: Path) -> None:
     code = (
-        "import sys; from penex.compare.data.load import load; from penex.compare.data.split import split\n"
+        "import sys; from penex.compare.data.load import load\n"
+        "from penex.compare.data.split import split\n"
         "from penex.compare.config import Config; import hashlib\n"
         "c = Config(data=sys.argv[1], target='label', test_size=.2, train_size=60)\n"
         "d = load(c); s = split(d, seed=3, config=c)\n"

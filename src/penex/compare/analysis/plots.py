@@ -57,7 +57,7 @@ STYLE: Any = [
 
 
 @dataclass(frozen=True)
-class Evidence:
+class LossResults:
     """What the pictures show of one loss.
 
     Attributes:
@@ -101,12 +101,12 @@ class Comparison:
     Attributes:
         folder: The output folder.
         results: Its results, of :func:`penex.compare.analysis.summary.summarize`.
-        evidence: Curves and predictions of the losses that have a finished run.
+        loss_results: Curves and predictions of the losses that have a finished run.
     """
 
     folder: Path
     results: dict[str, Any]
-    evidence: list[Evidence]
+    loss_results: list[LossResults]
 
     @property
     def name(self) -> str:
@@ -119,7 +119,9 @@ class Comparison:
 
 
 def read(folder: Path, **options: Any) -> Comparison:
-    """Read an output folder; the options are those of :func:`penex.compare.analysis.summary.summarize`.
+    """Read an output folder.
+
+    The options are those of :func:`penex.compare.analysis.summary.summarize`.
 
     Raises:
         CompareError: It holds no comparison, no finished run, or a damaged file.
@@ -128,32 +130,32 @@ def read(folder: Path, **options: Any) -> Comparison:
     return Comparison(folder, results, gather(folder, results))
 
 
-class Look(NamedTuple):
-    """How a loss is drawn; see `Evidence`."""
+class LineStyle(NamedTuple):
+    """How a loss is drawn; see `LossResults`."""
 
     colour: str
     dashes: tuple[float, ...]
 
 
-def looks(specs: Iterable[str]) -> dict[str, Look]:
+def line_styles(specs: Iterable[str]) -> dict[str, LineStyle]:
     """A look for each loss, no two alike: that of its registered name for the first of a name."""
-    found: dict[str, Look] = {}
+    found: dict[str, LineStyle] = {}
     seen: set[str] = set()
     more = 0
     for spec in specs:
         name = contender(spec).loss.name
         position = list(LOSSES).index(name) if name in LOSSES else len(COLOURS)
         if name not in seen and position < len(COLOURS):
-            found[spec] = Look(COLOURS[position], DASHES[0])
+            found[spec] = LineStyle(COLOURS[position], DASHES[0])
         else:  # all pairs of a colour and dashes before one comes again
             dashes = DASHES[(1 + more + more // len(MORE_COLOURS)) % len(DASHES)]
-            found[spec] = Look(MORE_COLOURS[more % len(MORE_COLOURS)], dashes)
+            found[spec] = LineStyle(MORE_COLOURS[more % len(MORE_COLOURS)], dashes)
             more += 1
         seen.add(name)
     return found
 
 
-def gather(folder: Path, results: dict[str, Any]) -> list[Evidence]:
+def gather(folder: Path, results: dict[str, Any]) -> list[LossResults]:
     """Read curves and logits of the losses that have a finished run, one run at a time.
 
     Args:
@@ -164,7 +166,7 @@ def gather(folder: Path, results: dict[str, Any]) -> list[Evidence]:
         CompareError: A file is damaged.
     """
     found = []
-    look = looks(loss["spec"] for loss in results["losses"])
+    look = line_styles(loss["spec"] for loss in results["losses"])
     config = Config(**results["config"])
     for loss in results["losses"]:
         runs = [run for run in results["runs"] if run["loss"] == loss["spec"]]
@@ -179,7 +181,7 @@ def gather(folder: Path, results: dict[str, Any]) -> list[Evidence]:
             style = look[loss["spec"]]
             diagrams, margin, error = _tested(folder, config, runs)
             found.append(
-                Evidence(
+                LossResults(
                     loss["spec"], loss["label"], *style, columns, selected, diagrams, margin, error
                 )
             )
@@ -228,13 +230,13 @@ def _thinned(n: int) -> NDArray[np.intp]:
     return np.unique(np.linspace(0, n - 1, min(n, POINTS)).round().astype(np.intp))
 
 
-def learning(axes: Axes, evidence: Sequence[Evidence], column: str) -> None:
+def learning(axes: Axes, loss_results: Sequence[LossResults], column: str) -> None:
     """A column of curve.csv by epoch: the mean over runs, and every run in a thin line.
 
     A mean line ends where a run stopped being finite. Dots are the runs' selected epochs.
     """
     is_nll = column.endswith("nll")
-    for one in evidence:
+    for one in loss_results:
         index = _thinned(one.curves[column].shape[1])
         values = (1 if is_nll else 100) * one.curves[column][:, index]
         axes.plot(index + 1, values.T, color=one.colour, linewidth=0.5, alpha=0.4)
@@ -244,7 +246,7 @@ def learning(axes: Axes, evidence: Sequence[Evidence], column: str) -> None:
                 *zip(*one.selected, strict=True), "o", color=one.colour, markersize=3, alpha=0.8
             )
     if is_nll:
-        logarithmic(axes, np.concatenate([one.curves[column].ravel() for one in evidence]))
+        logarithmic(axes, np.concatenate([one.curves[column].ravel() for one in loss_results]))
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.set(xlabel="Epoch", ylabel="NLL" if is_nll else "Accuracy, %")
 
@@ -260,7 +262,7 @@ def logarithmic(axes: Axes, values: Floats) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def diagram(axes: Axes, one: Evidence) -> None:
+def diagram(axes: Axes, one: LossResults) -> None:
     """Accuracy against confidence by bin, the area of a disc growing with the samples in it."""
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.5)
     for scaling, face, edge, line in (
@@ -283,9 +285,9 @@ def diagram(axes: Axes, one: Evidence) -> None:
     axes.set(xlim=(0, 1.04), ylim=(-0.04, 1.04), xlabel="Confidence", ylabel="Accuracy")
 
 
-def distribution(axes: Axes, evidence: Sequence[Evidence]) -> None:
+def distribution(axes: Axes, loss_results: Sequence[LossResults]) -> None:
     """The share of test samples with at most a margin, for every margin."""
-    for one in evidence:
+    for one in loss_results:
         if n := len(one.margins):
             index = _thinned(n)
             style = one.line | {"linewidth": 1.5, "label": one.label}
@@ -295,20 +297,20 @@ def distribution(axes: Axes, evidence: Sequence[Evidence]) -> None:
 
 
 def robust(
-    axes: Axes, evidence: Sequence[Evidence], records: Sequence[dict[str, Any]], norm: str
+    axes: Axes, loss_results: Sequence[LossResults], records: Sequence[dict[str, Any]], norm: str
 ) -> None:
     """Accuracy by radius under attack, with intervals; solid: selected epoch, dotted: last.
 
     Args:
         axes: Where to draw.
-        evidence: The losses.
+        loss_results: The losses.
         records: Of `robustness.read`.
         norm: "linf" or "l2".
     """
     pixels = any(record["box"] for record in records)
     in_255 = pixels and norm == "linf"
     unit = (1 / 255, " in 1/255 of the range of pixels") if in_255 else (1, "")
-    for one in evidence:
+    for one in loss_results:
         for epoch in dict.fromkeys(record["epoch"] for record in records):
             face, line = ("white", ":") if epoch == LAST else (one.colour, "-")
             cells = summary(records, one.spec, epoch, norm)
@@ -333,9 +335,9 @@ def robust(
     axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
 
 
-def differences(axes: Axes, results: dict[str, Any], evidence: Sequence[Evidence]) -> None:
+def differences(axes: Axes, results: dict[str, Any], loss_results: Sequence[LossResults]) -> None:
     """Paired differences in test NLL to the reference with their intervals over seeds."""
-    others = [one for one in evidence if one.spec != REFERENCE]
+    others = [one for one in loss_results if one.spec != REFERENCE]
     shown = (("refined", "scaled", None), ("nll", "link", "white"), (LAST, "link", "#888888"))
     for (epoch, scaling, face), below in zip(shown, (-0.22, 0, 0.22), strict=True):
         for row, one in enumerate(others):
@@ -402,13 +404,13 @@ def overview(comparison: Comparison, path: Path) -> None:
         comparison: Of an output folder with finished runs.
         path: The picture, .svg or .png by its ending.
     """
-    results, evidence = comparison.results, comparison.evidence
+    results, loss_results = comparison.results, comparison.loss_results
     with matplotlib.style.context([*STYLE, {"svg.hashsalt": "overview"}]):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        learning(left, evidence, "validation_nll")
+        learning(left, loss_results, "validation_nll")
         left.set_ylabel("Validation NLL")
         left.legend()
-        differences(right, results, evidence)
+        differences(right, results, loss_results)
         right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
         figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -14,7 +14,7 @@ from penex.compare.analysis.leaderboard import critical_difference_diagram, lead
 from penex.compare.analysis.robustness import NORMS
 from penex.compare.analysis.summary import SCALINGS
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import room, write_json, write_text
+from penex.compare.output_folder import report_full_disk, write_json, write_text
 from penex.compare.training.selection import LAST, SELECTIONS
 from penex.metrics import METRICS
 
@@ -33,7 +33,7 @@ def write(comparison: plots.Comparison) -> None:
     """
     folder, results = comparison.folder, comparison.results
     content = page(comparison)
-    with room(folder):
+    with report_full_disk(folder):
         write_json(folder / "results.json", results)
         write_text(folder / "table.tex", tables.latex(results))
         write_text(folder / "report.html", content)
@@ -60,8 +60,8 @@ def merge(comparisons: Sequence[plots.Comparison], out: Path) -> None:
         parts.append(
             {
                 "caption": tables.caption(one.results),
-                "evidence": one.evidence,
-                "pictures": _pictures(one.evidence, records, f"comparison{number}-"),
+                "loss_results": one.loss_results,
+                "pictures": _pictures(one.loss_results, records, f"comparison{number}-"),
                 "published": tables.published(one.results),
                 "recommendation": verdict.recommendation(one.results),
                 "results": one.results,
@@ -83,7 +83,7 @@ def merge(comparisons: Sequence[plots.Comparison], out: Path) -> None:
         f"{SELECTIONS[name]}:\n\n{tables.merged_markdown(several, name)}"
         for name in dict.fromkeys((*selections, LAST))
     ]
-    with room(out):
+    with report_full_disk(out):
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "table.tex", tables.merged_latex(several))
         write_text(out / "table.md", "\n\n".join([*markdown, tables.MERGED_LEGEND]) + "\n")
@@ -117,7 +117,7 @@ def leaderboards(several: Sequence[dict[str, Any]]) -> list[tables.Ranking]:
 
 def page(comparison: plots.Comparison) -> str:
     """The content of report.html."""
-    results, evidence = comparison.results, comparison.evidence
+    results, loss_results = comparison.results, comparison.loss_results
     records = robustness.read(comparison.folder)
     selected = results["config"]["select"]
     return _render(
@@ -142,8 +142,8 @@ def page(comparison: plots.Comparison) -> str:
         floor=tables.floor(results),
         published=tables.published(results),
         robust=tables.robust(results, records),
-        evidence=evidence,
-        pictures=_pictures(evidence, records),
+        loss_results=loss_results,
+        pictures=_pictures(loss_results, records),
         settings=yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True),
         versions=verdict.versions(results),
     )
@@ -169,32 +169,32 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _pictures(
-    evidence: list[plots.Evidence], records: Sequence[dict[str, Any]], prefix: str = ""
+    loss_results: list[plots.LossResults], records: Sequence[dict[str, Any]], prefix: str = ""
 ) -> dict[str, Markup]:
     """The panels by name, not to be escaped: their text is ours, none comes from the data.
 
     Ids within them start with `prefix`, which is not in the names.
     """
-    labels = ", ".join(one.label for one in evidence)
+    labels = ", ".join(one.label for one in loss_results)
     drawn = {
         part: plots.svg(
             f"{prefix}{part}",
             f"NLL on {part} rows by epoch, mean and single runs, of {labels}",
-            partial(plots.learning, evidence=evidence, column=f"{part}_nll"),
+            partial(plots.learning, loss_results=loss_results, column=f"{part}_nll"),
             WIDE,
         )
         for part in ("validation", "train")
     }
-    for number, one in enumerate(evidence):
+    for number, one in enumerate(loss_results):
         if one.diagrams:
             description = f"Reliability diagram of {one.label}: accuracy against confidence"
             draw = partial(plots.diagram, one=one)
             drawn[one.spec] = plots.svg(f"{prefix}reliability{number}", description, draw, SQUARE)
     description = f"Cumulative distribution of test margins of {labels}"
-    draw = partial(plots.distribution, evidence=evidence)
+    draw = partial(plots.distribution, loss_results=loss_results)
     drawn["margins"] = plots.svg(f"{prefix}margins", description, draw, WIDE)
     for norm in {record["norm"]: None for record in records}:
         description = f"Accuracy by radius of an attack in {NORMS[norm]}, of {labels}"
-        draw = partial(plots.robust, evidence=evidence, records=records, norm=norm)
+        draw = partial(plots.robust, loss_results=loss_results, records=records, norm=norm)
         drawn[norm] = plots.svg(f"{prefix}{norm}", description, draw, WIDE)
     return {name: Markup(text) for name, text in drawn.items()}  # noqa: S704

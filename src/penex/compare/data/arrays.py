@@ -12,11 +12,11 @@ from penex.compare.data.dataset import (
     UNREADABLE,
     Content,
     encode_labels,
-    listed,
-    must_exist,
     official_rows,
+    quoted,
+    require_file,
     roles,
-    unreadable,
+    unreadable_file,
 )
 from penex.compare.data.images import BATCH, Images, cached, digest_of, resized, write_cached
 from penex.compare.errors import CompareError
@@ -60,7 +60,7 @@ def read_npz(path: Path, config: Config) -> Content:
     Raises:
         CompareError: The file cannot be read, or holds other arrays than these.
     """
-    must_exist(path)
+    require_file(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             if "train_images" in content:
@@ -69,10 +69,10 @@ def read_npz(path: Path, config: Config) -> Content:
     except (*UNREADABLE, TypeError) as error:  # TypeError: a bare .npy array under this name
         if isinstance(error, CompareError):
             raise
-        raise unreadable(path, "an NPZ archive without pickled objects", error) from error
+        raise unreadable_file(path, "an NPZ archive without pickled objects", error) from error
     if set(arrays) != {"X", "y"}:
         raise CompareError(
-            f"{path}: expected exactly the arrays X, y; found {listed(arrays)}. (Or train_images, "
+            f"{path}: expected exactly the arrays X, y; found {quoted(arrays)}. (Or train_images, "
             "train_labels, val_images, ..., as MedMNIST has them.)"
         )
     x, y = arrays["X"], arrays["y"]
@@ -108,7 +108,7 @@ def _given_parts(path: Path, arrays: "np.lib.npyio.NpzFile", config: Config) -> 
     for part in role:
         name = f"{part_of[part]}_labels"
         if name not in arrays:
-            raise CompareError(f"{path} has no array {name}; it has {listed(arrays)}.")
+            raise CompareError(f"{path} has no array {name}; it has {quoted(arrays)}.")
         y = arrays[name]
         if y.size != len(y) or y.dtype.kind not in "iuSU":
             raise CompareError(

@@ -8,7 +8,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.tree import DecisionTreeClassifier
 
-from penex.compare.data.dataset import Dataset, listed
+from penex.compare.data.dataset import Dataset, quoted
 
 CATEGORIES = 40
 """From so many distinct values on, skrub encodes a column of text by its fragments."""
@@ -36,7 +36,7 @@ def kind(column: pd.Series) -> str:
     return "category" if column.nunique() < CATEGORIES else "text"
 
 
-def uses(dataset: Dataset) -> list[str]:
+def describe_columns(dataset: Dataset) -> list[str]:
     """A line for each kind of column, and for those that are left out; none if it is no table."""
     features = dataset.features
     lines = []
@@ -48,11 +48,11 @@ def uses(dataset: Dataset) -> list[str]:
         for each, title in plural.items():
             if names := of_kind.get(each):
                 title = each if len(names) == 1 else title
-                lines.append(f"Used as {title}: {listed(names, SHOWN)}")
+                lines.append(f"Used as {title}: {quoted(names, SHOWN)}")
     reasons: dict[str, list[str]] = {}
     for name, reason in dataset.left_out.items():
         reasons.setdefault(reason, []).append(name)
-    lines += [f"No feature ({reason}): {listed(names, SHOWN)}" for reason, names in reasons.items()]
+    lines += [f"No feature ({reason}): {quoted(names, SHOWN)}" for reason, names in reasons.items()]
     return lines
 
 
@@ -68,14 +68,14 @@ def warnings(dataset: Dataset) -> list[str]:
     names = [str(name) for name in features.columns]
     if found := [name for name in names if is_identifier(features[name])]:
         lines.append(
-            f"possible identifiers, with a different value in every row: {listed(found, SHOWN)}. "
+            f"possible identifiers, with a different value in every row: {quoted(found, SHOWN)}. "
             f"To leave them out: --drop {','.join(found)!r}"
         )
     scores = {name: single_accuracy(features[name], dataset.target) for name in names}
     if found := [name for name in names if scores[name] >= TELLING]:
         lines.append(
             "columns that predict the class almost perfectly on their own: "
-            f"{listed(found, SHOWN)}. Are they known before the class is? If not, leave them "
+            f"{quoted(found, SHOWN)}. Are they known before the class is? If not, leave them "
             "out: --drop "
             f"{','.join(found)!r}"
         )

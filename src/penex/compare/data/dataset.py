@@ -126,15 +126,15 @@ def roles(available: Iterable[str], use: str, source: str) -> dict[str, str]:
         if "train" not in known or "validation" not in known:
             raise CompareError(
                 f"parts: {source} should have the parts train and validation for validation-as-"
-                f"test; it has {listed(given)}."
+                f"test; it has {quoted(given)}."
             )
         return {"train": "train", "validation": "test"}
     if use == "test" and "test" not in known:
-        raise CompareError(f"parts: {source} has no part test; it has {listed(given)}.")
+        raise CompareError(f"parts: {source} has no part test; it has {quoted(given)}.")
     if len(given) == 1:
         return {given[0]: "train"}
     if "train" not in known:
-        raise CompareError(f"{source} has no part train; it has {listed(given)}.")
+        raise CompareError(f"{source} has no part train; it has {quoted(given)}.")
     if use == "drawn":
         return dict.fromkeys(known, "train")
     return {part: "train" if use == "test" and part == "validation" else part for part in known}
@@ -187,20 +187,20 @@ def _whole_if_possible(
     return values
 
 
-def must_exist(path: Path) -> None:
+def require_file(path: Path) -> None:
     """Refuse a file that is not there."""
     if not path.is_file():
         raise CompareError(f"no such file: {path} (looked in {path.absolute().parent}).")
 
 
-def unreadable(path: Path, expected: str, error: BaseException) -> CompareError:
+def unreadable_file(path: Path, expected: str, error: BaseException) -> CompareError:
     """One line for whatever a reader raised."""
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return CompareError(f"cannot read {path}: expected {expected}; {reason[0]}")
 
 
-def listed(names: Iterable[object], most: int = 20) -> str:
+def quoted(names: Iterable[object], most: int = 20) -> str:
     """Names in quotes, the first twenty."""
-    quoted = [repr(str(name)) for name in names]
-    more = f", ... ({len(quoted)} in all)" if len(quoted) > most else ""
-    return (", ".join(quoted[:most]) or "none") + more
+    shown = [repr(str(name)) for name in names]
+    more = f", ... ({len(shown)} in all)" if len(shown) > most else ""
+    return (", ".join(shown[:most]) or "none") + more

@@ -12,7 +12,13 @@ import pandas as pd
 from penex._extras import need
 from penex.compare.config import Config
 from penex.compare.data.arrays import read_npz
-from penex.compare.data.dataset import UNREADABLE, Content, encode_labels, must_exist, unreadable
+from penex.compare.data.dataset import (
+    UNREADABLE,
+    Content,
+    encode_labels,
+    require_file,
+    unreadable_file,
+)
 from penex.compare.data.images import cache_folder
 from penex.compare.errors import CompareError
 
@@ -77,7 +83,7 @@ def read_sonar(data_dir: str | None) -> Content:
     try:
         frame = pd.read_csv(path, header=None)
     except UNREADABLE as error:
-        raise unreadable(path, "the sonar data set", error) from error
+        raise unreadable_file(path, "the sonar data set", error) from error
     labels = frame.pop(frame.columns[-1])
     x = frame.to_numpy()
     if x.shape != (208, 60) or x.dtype != np.float64 or set(labels) != {"M", "R"}:
@@ -93,7 +99,7 @@ def _file(name: str, data_dir: str | None) -> Path:
     if data_dir is None:
         return _fetched(DOWNLOADS[name])
     path = Path(data_dir).expanduser() / DOWNLOADS[name].file
-    must_exist(path)
+    require_file(path)
     return path
 
 

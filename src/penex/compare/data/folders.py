@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from penex.compare.config import Config
-from penex.compare.data.dataset import PART_NAMES, Content, listed, official_rows, roles
+from penex.compare.data.dataset import PART_NAMES, Content, official_rows, quoted, roles
 from penex.compare.data.images import digest_of, load_images
 from penex.compare.errors import CompareError
 
@@ -66,7 +66,7 @@ def read_folder(root: Path, config: Config) -> Content:
     if all(folder.name in PART_NAMES for folder in below):
         part_of = {PART_NAMES[folder.name]: folder for folder in below}
         if len(part_of) < len(below):
-            raise CompareError(f"{root} has the same part twice: {listed(p.name for p in below)}.")
+            raise CompareError(f"{root} has the same part twice: {quoted(p.name for p in below)}.")
         used_as = roles(part_of, config.parts, str(root))
         parts = [(used_as[part], part_of[part]) for part in used_as]
     else:
@@ -103,7 +103,7 @@ def _images(folder: Path) -> dict[str, list[str]]:
     stray = [path.name for path in folder.iterdir() if path.name.lower().endswith(ENDINGS)]
     if stray:
         raise CompareError(
-            f"{folder}: {listed(sorted(stray), 3)} must be in a sub-folder, named as its class."
+            f"{folder}: {quoted(sorted(stray), 3)} must be in a sub-folder, named as its class."
         )
     images = {}
     for path in _folders(folder):

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from penex._extras import need
 from penex.compare.config import Config
-from penex.compare.data.dataset import Content, encode_labels, listed, official_rows, roles
+from penex.compare.data.dataset import Content, encode_labels, official_rows, quoted, roles
 from penex.compare.data.images import digest_of, load_images
 from penex.compare.data.tables import texts
 from penex.compare.errors import CompareError, did_you_mean
@@ -145,16 +145,16 @@ def _target(features: Any, target: str | None, source: str) -> str:
     if target is not None:
         if target not in features:
             raise CompareError(
-                f"{source} has no column {target!r}; its columns are {listed(features)}."
+                f"{source} has no column {target!r}; its columns are {quoted(features)}."
                 f"{did_you_mean(target, features)}"
             )
         return target
     found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     found = found or [name for name in ("label", "labels") if name in features]
     if len(found) != 1:
-        many = f"its columns {listed(found)} hold classes" if found else "no column holds classes"
+        many = f"its columns {quoted(found)} hold classes" if found else "no column holds classes"
         raise CompareError(
-            f"{source}: name the column to predict (--target); {many} among {listed(features)}."
+            f"{source}: name the column to predict (--target); {many} among {quoted(features)}."
         )
     return str(found[0])
 
@@ -168,7 +168,7 @@ def _input(features: Any, target: str, text: str | None, source: str) -> tuple[s
             raise CompareError(f"{source}: target and text are the same column, {text!r}.")
         if text not in features:
             raise CompareError(
-                f"{source} has no column {text!r}; its columns are {listed(features)}."
+                f"{source} has no column {text!r}; its columns are {quoted(features)}."
                 f"{did_you_mean(text, features)}"
             )
         return text, "text"
@@ -185,11 +185,11 @@ def _input(features: Any, target: str, text: str | None, source: str) -> tuple[s
     if not images and len(strings) == 1:
         return strings[0], "text"
     if len(images) > 1:
-        raise CompareError(f"{source}: expected one column of images; it has {listed(images)}.")
+        raise CompareError(f"{source}: expected one column of images; it has {quoted(images)}.")
     raise CompareError(
-        f"{source}: name the column with the text to classify (--text), one of {listed(strings)}."
+        f"{source}: name the column with the text to classify (--text), one of {quoted(strings)}."
         if strings
-        else f"{source} has no column of images or of text; its columns are {listed(features)}."
+        else f"{source} has no column of images or of text; its columns are {quoted(features)}."
     )
 
 

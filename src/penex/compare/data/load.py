@@ -14,7 +14,7 @@ import pandas as pd
 
 from penex.compare.config import Config
 from penex.compare.data.arrays import BUNDLED, read_bundled, read_npz, two_gaussians
-from penex.compare.data.dataset import Content, Dataset, Texts, listed
+from penex.compare.data.dataset import Content, Dataset, Texts, quoted
 from penex.compare.data.downloads import DOWNLOADS, read_pathmnist, read_sonar
 from penex.compare.data.folders import read_folder
 from penex.compare.data.hub import PREFIX, read_hub
@@ -76,10 +76,10 @@ def load(config: Config) -> Dataset:
         name, content = _read(config)
     except OSError as error:  # what no reader expects: no permission, a file that has just gone
         raise CompareError(f"cannot read {config.data}: {error}.") from error
-    return checked(name, content, config)
+    return to_dataset(name, content, config)
 
 
-def checked(name: str, content: Content, config: Config) -> Dataset:
+def to_dataset(name: str, content: Content, config: Config) -> Dataset:
     """The data set of what a source holds, of its classes those that `config` keeps.
 
     Raises:
@@ -110,34 +110,34 @@ def _read(config: Config) -> tuple[str, Content]:
     path = Path(source).expanduser()
     ending, stem = _ending(path), short_name(source)
     if source in BUNDLED:
-        _takes(config)
+        _allow_settings(config)
         return source, read_bundled(source)
     if source == "two-gaussians":
-        _takes(config, "parts")
+        _allow_settings(config, "parts")
         return source, two_gaussians()
     if source == "sonar":
-        _takes(config, "data_dir")
+        _allow_settings(config, "data_dir")
         return source, read_sonar(config.data_dir)
     if source == "pathmnist":
-        _takes(config, "data_dir", "parts", "image_size")
+        _allow_settings(config, "data_dir", "parts", "image_size")
         return source, read_pathmnist(config)
     if source.startswith(PREFIX):
-        _takes(config, "data_dir", "parts", "target", "text", "image_size")
+        _allow_settings(config, "data_dir", "parts", "target", "text", "image_size")
         return stem, read_hub(source, config)
     if path.is_dir() and holds_part_tables(path, config):
-        _takes(config, "parts", *COLUMNS)
+        _allow_settings(config, "parts", *COLUMNS)
         return stem, read_tables(path, config)
     if path.is_dir() and any(path.rglob("*.parquet")):
-        _takes(config, "parts", "target", "text", "image_size")
+        _allow_settings(config, "parts", "target", "text", "image_size")
         return stem, read_hub(source, config)
     if path.is_dir():
-        _takes(config, "parts", "image_size")
+        _allow_settings(config, "parts", "image_size")
         return stem, read_folder(path, config)
     if ending == ".npz":
-        _takes(config, "parts", "image_size")
+        _allow_settings(config, "parts", "image_size")
         return stem, read_npz(path, config)
     if ending:
-        _takes(config, "parts", *COLUMNS, "validation_file", "test_file")
+        _allow_settings(config, "parts", *COLUMNS, "validation_file", "test_file")
         return stem, read_table(path, config)
     raise CompareError(
         f"unknown data {source!r}: expected one of {', '.join(NAMES)}, hub:OWNER/NAME, a folder, "
@@ -160,7 +160,7 @@ def _ending(path: Path) -> str:
     return next((each for each in ENDINGS if path.name.lower().endswith(each)), "")
 
 
-def _takes(config: Config, *options: str) -> None:
+def _allow_settings(config: Config, *options: str) -> None:
     """Refuse settings of other kinds of source."""
     for option in ("data_dir", "parts", "image_size", *COLUMNS, "validation_file", "test_file"):
         value = getattr(config, option)
@@ -176,7 +176,7 @@ def _of_classes(content: Content, classes: tuple[str, ...], source: str) -> Cont
     for name in classes:
         if name not in content.classes:
             raise CompareError(
-                f"classes: {source} has no class {name!r}; it has {listed(content.classes)}."
+                f"classes: {source} has no class {name!r}; it has {quoted(content.classes)}."
                 f"{did_you_mean(name, content.classes)}"
             )
     return _kept(content, [k for k, name in enumerate(content.classes) if name in classes])
@@ -196,7 +196,7 @@ def _without_rare(content: Content, least: int, source: str) -> Content:
     rare = np.flatnonzero(counts < least)
     note = (
         f"{int(counts[rare].sum()):,} rows of {rare.size} classes of {source} are left out, which "
-        f"have fewer than {least} rows each: {listed(content.classes[k] for k in rare)}."
+        f"have fewer than {least} rows each: {quoted(content.classes[k] for k in rare)}."
     )
     return replace(_kept(content, kept.tolist()), notes=(*content.notes, note))
 
@@ -244,7 +244,7 @@ def _check_classes(content: Content, source: str) -> None:
             raise CompareError(f"{source}: the {part} part has no rows of these classes.")
         if (unknown := np.flatnonzero((present > 0) & (counts == 0))).size:
             raise CompareError(
-                f"{source}: no training rows of {listed(classes[c] for c in unknown)}, which the "
+                f"{source}: no training rows of {quoted(classes[c] for c in unknown)}, which the "
                 f"{part} part has. Add some, or name the classes to keep (--classes)."
             )
     drawn = ["training", *(part for part in ("validation", "test") if part not in given)]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from penex.compare.data.dataset import UNREADABLE, listed, must_exist, unreadable
+from penex.compare.data.dataset import UNREADABLE, quoted, require_file, unreadable_file
 from penex.compare.data.folders import ENDINGS, Files
 from penex.compare.data.images import Encoded, Images, resized
 from penex.compare.data.preprocessing import Date, Number, Table
@@ -45,7 +45,7 @@ def _as_texts(rows: Any, model: Model) -> list[str]:
     if isinstance(rows, pd.DataFrame):
         if model.text not in rows:
             raise CompareError(
-                f"rows: expected a column {model.text!r} of texts; got {listed(rows.columns)}"
+                f"rows: expected a column {model.text!r} of texts; got {quoted(rows.columns)}"
             )
         rows = rows[model.text]
     if isinstance(rows, str) or not all(isinstance(text, str) for text in rows):
@@ -110,7 +110,7 @@ def _as_table(rows: Any, table: Table) -> pd.DataFrame:
     missing = [str(column.name) for column in table.columns if str(column.name) not in given]
     if missing:
         raise CompareError(
-            f"rows: expected also the columns {listed(missing)}; got {listed(given)}."
+            f"rows: expected also the columns {quoted(missing)}; got {quoted(given)}."
             f"{did_you_mean(missing[0], given)}"
         )
     typed = {each.name: _typed(rows[given[str(each.name)]], each) for each in table.columns}
@@ -195,7 +195,7 @@ def read_rows(path: Path, model: Model) -> tuple[list[str], Any]:
     """
     if model.kind == "images" and path.suffix.lower() not in (".npy", ".npz"):
         return _read_images(path, model)
-    must_exist(path)
+    require_file(path)
     ending = path.name.lower().removesuffix(".gz")
     if ending.endswith((".npy", ".npz")):
         rows: Any = _read_array(path)
@@ -217,7 +217,7 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
             array: npt.NDArray[Any] = content["X"]
             return array
     except (*UNREADABLE, KeyError) as error:
-        raise unreadable(path, "an array, or an NPZ archive with X", error) from error
+        raise unreadable_file(path, "an array, or an NPZ archive with X", error) from error
 
 
 def _read_table(path: Path, model: Model) -> pd.DataFrame:

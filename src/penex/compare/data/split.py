@@ -60,11 +60,12 @@ def split(dataset: Dataset, *, seed: int, config: Config, refit: bool = False) -
     given: the newest rows are the test, the newest of the others validation, and rows of one time
     stay together.
 
-    Columns are standardised robustly and bounded (:class:`~penex.compare.data.scaling.ColumnScale`),
-    arrays of more than two dimensions as a whole. In tables, categories become one-hot
-    columns (or 30 text components from 40 categories on), dates their year, month, day, hour and
-    seconds; missing numbers become the median, with a column that says so.
-    Categories not met in training become zeros. Images and texts are left to the model.
+    Columns are standardised robustly and bounded
+    (:class:`~penex.compare.data.scaling.ColumnScale`), arrays of more than two dimensions as a
+    whole. In tables, categories become one-hot columns (or 30 text components from 40 categories
+    on), dates their year, month, day, hour and seconds; missing numbers become the median, with a
+    column that says so. Categories not met in training become zeros. Images and texts are left to
+    the model.
 
     Args:
         dataset: N rows of K classes.

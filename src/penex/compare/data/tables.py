@@ -25,11 +25,11 @@ from penex.compare.data.dataset import (
     Content,
     Texts,
     encode_labels,
-    listed,
-    must_exist,
     official_rows,
+    quoted,
+    require_file,
     roles,
-    unreadable,
+    unreadable_file,
 )
 from penex.compare.data.delimited import MAX_BYTES, MAX_ROWS, read_delimited
 from penex.compare.errors import CompareError, did_you_mean, named
@@ -118,7 +118,7 @@ def read_tables(folder: Path, config: Config) -> Content:
     for part, paths in files.items():
         if len(paths) > 1:
             raise CompareError(
-                f"{folder} has the part {part} twice: {listed(path.name for path in paths)}."
+                f"{folder} has the part {part} twice: {quoted(path.name for path in paths)}."
             )
     return _read({part: paths[0] for part, paths in files.items()}, str(folder), config)
 
@@ -133,7 +133,7 @@ def _read(files: dict[str, Path], source: str, config: Config) -> Content:
         if different := set(frame.columns) ^ set(frames[0].columns):
             raise CompareError(
                 f"{path} and {paths[0]} must have the same columns; only one of them has "
-                f"{listed(sorted(different))}."
+                f"{quoted(sorted(different))}."
             )
     part = np.repeat(np.arange(len(frames)), list(map(len, frames)))
     whole = Table(
@@ -165,13 +165,13 @@ def _check_columns(names: list[str], frame: pd.DataFrame, path: str, config: Con
     """Refuse a table that lacks columns which the configuration names."""
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise CompareError(
-            f"{path}: column names must differ, but {listed(repeated)} come(s) more than once."
+            f"{path}: column names must differ, but {quoted(repeated)} come(s) more than once."
         )
     target = _stripped(config.target)
     if target is None:
         raise CompareError(
             f"{path} is a table: name the column to predict (--target); its columns are "
-            f"{listed(names)}."
+            f"{quoted(names)}."
         )
     roles_of: dict[str, str] = {}
     for role in ("target", "text", "group", "time"):
@@ -207,7 +207,7 @@ def read_file(
     Raises:
         CompareError: The file cannot be read.
     """
-    must_exist(path)
+    require_file(path)
     ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
     if ending is None:
         raise CompareError(f"{path}: expected a table, such as .csv, .xlsx or .parquet")
@@ -221,7 +221,7 @@ def read_file(
     except (*UNREADABLE, pd.errors.ParserWarning) as error:
         if isinstance(error, CompareError):
             raise
-        raise unreadable(path, f"a table ({ending})", error) from error
+        raise unreadable_file(path, f"a table ({ending})", error) from error
 
 
 def content_of(frame: pd.DataFrame, source: str, config: Config) -> Content:
@@ -241,7 +241,7 @@ def _must_have(frame: pd.DataFrame, name: str, source: str) -> None:
     if name not in frame.columns:
         names = list(frame.columns)
         raise CompareError(
-            f"{source} has no column {name!r}; its columns are {listed(names)}."
+            f"{source} has no column {name!r}; its columns are {quoted(names)}."
             f"{did_you_mean(name, names)}"
         )
 
@@ -300,7 +300,7 @@ def _content(
         if frame.shape[1] == 0:
             raise CompareError(
                 f"{source} has no feature columns besides those that are left out: "
-                f"{listed(left_out)}."
+                f"{quoted(left_out)}."
             )
         features = _typed(frame.copy(), source, decimal_comma=table.decimal_comma)
     sizes = zip(used_as, np.bincount(part, minlength=len(used_as)).tolist(), strict=True)

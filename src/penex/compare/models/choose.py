@@ -17,7 +17,7 @@ from penex._extras import need
 from penex.compare.data.dataset import Dataset, Features, Texts
 from penex.compare.data.images import Images
 from penex.compare.errors import CompareError, did_you_mean, named
-from penex.compare.user_objects import NAME, find, register
+from penex.compare.user_objects import OBJECT_NAME, known
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,7 +151,7 @@ def resolve(
         if kind == "numbers" or (kind == "text" and source == "timm"):
             raise _misfit(name, "classifies images" + " or text" * (source != "timm"), dataset)
         return Architecture(name, kind, options)
-    if colon and NAME.fullmatch(name):
+    if colon and OBJECT_NAME.fullmatch(name):
         function = _function(name)
         _check_call(function, name, options)
         return Architecture(name, kind, options)
@@ -258,9 +258,7 @@ def _checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _function(name: str) -> Any:
-    """The user's function; the name is known from now on."""
-    found = find(name, "model")
-    register(found, name)
+    found = known(name, "model")
     if not callable(found):
         raise CompareError(f"model: {name} is {type(found).__name__}, expected a function")
     return found

@@ -22,7 +22,7 @@ from penex.compare.models.files import WEIGHTS, Model, read_model, read_network,
 from penex.compare.models.networks import Normalise, Vocabulary
 from penex.compare.registry import contender
 from penex.compare.training.determinism import deterministic
-from penex.compare.user_objects import NAME, registered
+from penex.compare.user_objects import OBJECT_NAME, known
 
 if TYPE_CHECKING:
     from penex.compare.data.split import Inputs
@@ -52,11 +52,8 @@ class Classifier:
     def __init__(self, model: Model, weights: Path) -> None:
         self.description, self._weights = model, weights
         who = contender(model.loss)
-        if NAME.fullmatch(model.network) and registered(model.network) is None:
-            raise CompareError(
-                f"model: {model.network} is a network of somebody's own, whose code has not been "
-                "run here; give it again, or trust this folder (--trust)"
-            )
+        if OBJECT_NAME.fullmatch(model.network):
+            known(model.network, "model")
         knob = math.nan if model.knob is None else model.knob
         self._link = who.loss.link(knob, len(model.classes))
         self._constrain = who.loss.constrain or (lambda logits: logits)

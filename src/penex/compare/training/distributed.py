@@ -19,15 +19,15 @@ from penex.compare.errors import CompareError
 T = TypeVar("T")
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
-def machines() -> tuple[int, int]:
+def devices_and_nodes() -> tuple[int, int]:
     """Devices on each machine, and machines, as torchrun has them; 1 and 1 without it."""
-    here = int(os.environ["LOCAL_WORLD_SIZE"]) if world() > 1 else 1
-    return here, world() // here
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
+    return here, world_size() // here
 
 
 def start(execution: Execution, command: list[str]) -> int:
@@ -60,20 +60,20 @@ def start(execution: Execution, command: list[str]) -> int:
     return 0
 
 
-def leads() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that shows, claims and writes."""
-    return world() == 1 or int(os.environ["RANK"]) == 0
+    return world_size() == 1 or int(os.environ["RANK"]) == 0
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def default_process_group() -> Iterator[None]:
     """Let the processes talk to each other; Lightning takes this group as it finds it."""
-    if world() == 1:
+    if world_size() == 1:
         yield
         return
     import torch
 
-    end_with(os.getppid())
+    exit_with_parent(os.getppid())
     cuda = torch.cuda.is_available()
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
@@ -84,7 +84,7 @@ def joined() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def end_with(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """End this process when its parent has ended, because it was killed: nobody waits for it."""
 
     def watch() -> None:
@@ -95,14 +95,14 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def decided(make: Callable[[], T]) -> T:
+def on_rank_zero(make: Callable[[], T]) -> T:
     """What `make` returns or raises where it is called, that is in the leading process."""
-    if world() == 1:
+    if world_size() == 1:
         return make()
     from torch.distributed import broadcast_object_list
 
     made: list[Any] = [None, None]
-    if leads():
+    if is_rank_zero():
         try:
             made[0] = make()
         except Exception as error:  # whatever it is: the others must not wait for ever

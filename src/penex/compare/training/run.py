@@ -56,7 +56,7 @@ from penex.compare.models.networks import Normalise, Vocabulary
 from penex.compare.output_folder import CHECKPOINT, checkpoint_file, new_run, replacing, write_json
 from penex.compare.registry import Context, Loss, contender
 from penex.compare.training.determinism import deterministic
-from penex.compare.training.distributed import decided, leads
+from penex.compare.training.distributed import is_rank_zero, on_rank_zero
 from penex.compare.training.selection import LAST, Scores, Selected, validation_scores
 
 CHECKPOINT_SECONDS = 30.0
@@ -89,14 +89,14 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
     Raises:
         CompareError: The model, the precision or a logger cannot be had here.
     """
-    ready = _prepared(task, config, dataset, execution)
+    ready = _set_up(task, config, dataset, execution)
     learner = ready.learner
     with contextlib.ExitStack() as stack:
         started = _started(task, config, dataset)
-        folder = decided(lambda: stack.enter_context(new_run(task.folder, started)))
+        folder = on_rank_zero(lambda: stack.enter_context(new_run(task.folder, started)))
         progress = _Progress(folder)
         progress.resume(learner)
-        loggers = _loggers(execution, task, folder, progress.epoch) if leads() else []
+        loggers = _loggers(execution, task, folder, progress.epoch) if is_rank_zero() else []
         for epoch in range(progress.epoch, config.epochs):
             _seed(task.seed, epoch, learner.fabric.global_rank)
             begin = time.perf_counter()
@@ -116,9 +116,9 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
             learner.restore(snapshot)
             for part, batches in (("validation", ready.validation), ("test", ready.test)):
                 logits[f"{part}_{epoch}"] = learner.logits(batches)
-            if leads():
+            if is_rank_zero():
                 write_network(checkpoint_file(folder, epoch), snapshot)
-        if leads():
+        if is_rank_zero():
             write_model(folder, _described(task, config, dataset, ready))
             np.savez(
                 folder / "logits.npz",
@@ -128,7 +128,7 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
                 **logits,
             )
             write_json(folder / "run.json", _record(task, ready, progress))
-        decided(stack.close)
+        on_rank_zero(stack.close)
 
 
 @deterministic()
@@ -142,7 +142,7 @@ def refit(task: Task, config: Config, dataset: Dataset, *, epochs: int, temperat
         epochs: As many as validation rows have found to be best.
         temperature: As they have found it, too.
     """
-    ready = _prepared(task, config, dataset, Execution(), refit=True)
+    ready = _set_up(task, config, dataset, Execution(), refit=True)
     for epoch in range(epochs):
         _seed(task.seed, epoch, 0)
         ready.learner.fit(ready.training, epoch)
@@ -158,24 +158,24 @@ def measure(
 ) -> float:
     """Seconds that the training part of an epoch takes, from a few of its steps."""
     task = Task(Path(), spec, 0, config.lr_for(spec), knob)
-    ready = _prepared(task, config, dataset, execution)
+    ready = _set_up(task, config, dataset, execution)
     count = len(ready.training.sampler)
     batches = min(3, count)
     for _ in range(2):  # the first time is longer: caches, compilation
         begin = time.perf_counter()
-        ready.learner.fit(_First(ready.training, batches), 0)
+        ready.learner.fit(_FirstBatches(ready.training, batches), 0)
         if ready.learner.fabric.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = _of_the_leader((time.perf_counter() - begin) / batches)
+        seconds = _from_rank_zero((time.perf_counter() - begin) / batches)
         batches = min(count, max(3, math.ceil(MEASURING / seconds)))
     return seconds * count
 
 
-def _of_the_leader(value: float) -> float:
-    return decided(lambda: value)
+def _from_rank_zero(value: float) -> float:
+    return on_rank_zero(lambda: value)
 
 
-class _First:
+class _FirstBatches:
     """The first batches of a loader."""
 
     def __init__(self, batches: Any, count: int) -> None:
@@ -186,7 +186,7 @@ class _First:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _Setup:
     """All that a run needs to start."""
 
     learner: "_Learner"
@@ -198,9 +198,9 @@ class _Ready:
     test: Any
 
 
-def _prepared(
+def _set_up(
     task: Task, config: Config, dataset: Dataset, execution: Execution, *, refit: bool = False
-) -> _Ready:
+) -> _Setup:
     fabric = _fabric(config, execution)
     fabric.launch()
     parts = split(dataset, seed=task.seed, config=config, refit=refit)
@@ -236,7 +236,7 @@ def _prepared(
     steps = math.ceil(len(order) / config.accumulate)
     context = Context(len(dataset.classes), steps * config.epochs, steps)
     learner = _Learner(fabric, network, task, config, context, _augment(config, parts.train[0]))
-    return _Ready(learner, architecture, parts, encoder, training, validation, test)
+    return _Setup(learner, architecture, parts, encoder, training, validation, test)
 
 
 class _Learner:
@@ -278,7 +278,7 @@ class _Learner:
                     setattr(module, "process_group", torch.distributed.group.WORLD)  # noqa: B010
         return criterion
 
-    def fit(self, batches: Any, epoch: int) -> "_Tally":
+    def fit(self, batches: Any, epoch: int) -> "_TrainingMetrics":
         """An epoch of training; what the network said of its rows on the way."""
         order: Batches = batches.sampler
         order.epoch = epoch
@@ -286,7 +286,7 @@ class _Learner:
         synchronised = any(hasattr(m, "process_group") for m in self.criteria[0].modules())
         weights = order.weights(every, synchronised)
         first = step = epoch * self.context.steps_per_epoch
-        tally = _Tally(self.link)
+        tally = _TrainingMetrics(self.link)
         self.norms = []
         self.model.train()
         for index, (inputs, target) in enumerate(self._batches(batches, train=True)):
@@ -302,7 +302,7 @@ class _Learner:
             if stepping:
                 self._step(step, measured=(step - first) % NORM_EVERY == 0)
                 step += 1
-        self._tell_criteria("after_epoch")
+        self._call_criteria("after_epoch")
         return tally
 
     def _heads(self, inputs: Tensor) -> list[Tensor]:
@@ -356,9 +356,9 @@ class _Learner:
             self.norms.append(nn.utils.get_total_norm(gradients))
         self.fabric.strategy.optimizer_step(self.optimizer)
         self.optimizer.zero_grad()
-        self._tell_criteria("after_step")
+        self._call_criteria("after_step")
 
-    def _tell_criteria(self, event: str) -> None:
+    def _call_criteria(self, event: str) -> None:
         for criterion in self.criteria:
             hook: Callable[[], None] | None = getattr(criterion, event, None)
             if hook is not None:
@@ -392,7 +392,9 @@ class _Learner:
     def scores(self, batches: Any, target: NDArray[np.int64]) -> Scores:
         """Validation scores after an epoch, the same on every process."""
         logits = torch.from_numpy(self.logits(batches)).double()
-        return decided(lambda: validation_scores(logits.numpy(), self.link(logits).numpy(), target))
+        return on_rank_zero(
+            lambda: validation_scores(logits.numpy(), self.link(logits).numpy(), target)
+        )
 
     def logits(self, batches: Any) -> NDArray[np.float32]:
         """Logits of all rows, in their order; from the leading process only."""
@@ -410,7 +412,7 @@ class _Learner:
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Load the network's weights, which the leading process has."""
-        weights = decided(lambda: snapshot["state_dict"])
+        weights = on_rank_zero(lambda: snapshot["state_dict"])
         # A copy, as torch puts the live weights into the dictionary it is given.
         set_model_state_dict(self.network, dict(weights), options=_WHOLE)
 
@@ -435,7 +437,7 @@ class _Learner:
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class _Tally:
+class _TrainingMetrics:
     """NLL and accuracy of the link's probabilities on training rows, summed over batches."""
 
     def __init__(self, link: Callable[[Tensor], Tensor]) -> None:
@@ -508,12 +510,12 @@ class _Progress:
         values = [*(self.latest[name] for name in self.columns), seconds]
         self.lines.append(",".join([str(epoch), *(f"{value:.6g}" for value in values)]))
         self.seconds.append(seconds)
-        if leads():
+        if is_rank_zero():
             with (self.folder / "curve.csv").open("a", encoding="utf-8") as stream:
                 stream.write(f"{self.lines[-1]}\n")
         now = time.perf_counter()
         pause = max(CHECKPOINT_SECONDS, self.saving / CHECKPOINT_SHARE)
-        if self.epoch < learner.config.epochs and decided(lambda: now - self.saved >= pause):
+        if self.epoch < learner.config.epochs and on_rank_zero(lambda: now - self.saved >= pause):
             self.save(learner)
             self.saved = time.perf_counter()
             self.saving = self.saved - now
@@ -533,19 +535,19 @@ class _Progress:
             "network": learner.snapshot(self.epoch),
             "learner": learner.state(),
         }
-        if leads():
+        if is_rank_zero():
             with replacing(self.folder / CHECKPOINT) as stream:
                 stream.write(_as_bytes(state))
 
     def resume(self, learner: _Learner) -> None:
         """Go on from the file, if there is one; begin the curve, as far as it got."""
-        state = decided(lambda: _saved(self.folder / CHECKPOINT))
+        state = on_rank_zero(lambda: _saved(self.folder / CHECKPOINT))
         if state is not None:
             self.lines, self.seconds = state["lines"], state["seconds"]
             self.selected.load(state["selected"])
             learner.restore(state["network"])
             learner.load_state(state["learner"])
-        if leads():
+        if is_rank_zero():
             lines = [f"epoch,{','.join(self.columns)},seconds", *self.lines]
             (self.folder / "curve.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -657,7 +659,7 @@ def _started(task: Task, config: Config, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _described(task: Task, config: Config, dataset: Dataset, ready: _Ready) -> Model:
+def _described(task: Task, config: Config, dataset: Dataset, ready: _Setup) -> Model:
     """The network as model.json describes it, without its weights."""
     encoder, train = ready.encoder, ready.parts.train[0]
     words = list(encoder.words) if isinstance(encoder, Vocabulary) else None
@@ -680,7 +682,7 @@ def _described(task: Task, config: Config, dataset: Dataset, ready: _Ready) -> M
     )
 
 
-def _record(task: Task, ready: _Ready, progress: _Progress) -> dict[str, Any]:
+def _record(task: Task, ready: _Setup, progress: _Progress) -> dict[str, Any]:
     """What run.json says."""
     learner, parts = ready.learner, ready.parts
     return {

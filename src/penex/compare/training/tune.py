@@ -38,11 +38,11 @@ from penex.compare.data.load import Dataset
 from penex.compare.errors import CompareError
 from penex.compare.output_folder import read_json, trial_folder
 from penex.compare.registry import contender
-from penex.compare.training.distributed import decided
+from penex.compare.training.distributed import on_rank_zero
 
 LR_SPAN = 30.0
 """The learning rate is searched from `lr` / LR_SPAN to `lr` * LR_SPAN."""
-BEAT = 15.0
+HEARTBEAT_SECONDS = 15.0
 """Seconds between two signs of life of a trial in a study that is shared."""
 ATTEMPTS = 5
 """To open a database: of processes that make the same tables at the same time, one succeeds."""
@@ -84,7 +84,7 @@ class Study:
         execution: Execution,
         *,
         worker: int = 0,
-        beat: float = BEAT,
+        beat: float = HEARTBEAT_SECONDS,
     ) -> None:
         self.folder, self.spec, self.config, self.beat = folder, spec, config, beat
         self.space = _space(spec, config)
@@ -221,7 +221,7 @@ def open_studies(
             _mend(_journal(folder))
         opened()
 
-    decided(made)
+    on_rank_zero(made)
     return opened()
 
 
@@ -233,7 +233,7 @@ def tune(
     execution: Execution,
     *,
     worker: int = 0,
-    beat: float = BEAT,
+    beat: float = HEARTBEAT_SECONDS,
 ) -> None:
     """Run trials of one loss until none is waiting; other processes may be doing the same.
 
@@ -244,9 +244,9 @@ def tune(
     from penex.compare.training.run import run  # torch and Lightning: only the process that trains
 
     study = Study(folder, spec, config, dataset, execution, worker=worker, beat=beat)
-    decided(lambda: study.reclaim(own=True))
-    while (trial := decided(study.take)) is not None:
-        if not decided(trial.task.folder.exists):
+    on_rank_zero(lambda: study.reclaim(own=True))
+    while (trial := on_rank_zero(study.take)) is not None:
+        if not on_rank_zero(trial.task.folder.exists):
             try:
                 with study.alive(trial.key):
                     run(trial.task, config, dataset, execution)
@@ -254,8 +254,8 @@ def tune(
                 with contextlib.suppress(OSError, OptunaError):
                     study.give_back(trial.key)
                 raise
-        decided(functools.partial(study.tell, trial))
-        decided(lambda: study.reclaim(own=False))
+        on_rank_zero(functools.partial(study.tell, trial))
+        on_rank_zero(lambda: study.reclaim(own=False))
 
 
 def _space(spec: str, config: Config) -> dict[str, FloatDistribution]:
