@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 from sybil import Example, Sybil
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent
@@ -66,6 +66,7 @@ def _sample_files(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 pytest_collect_file = Sybil(
     parsers=[
+        SkipParser(),
         PythonCodeBlockParser(),
         CodeBlockParser("sh", run_commands),
         CodeBlockParser("yaml", check_settings),

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from penex.metrics import METRICS
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
+DIGITS = DOCS / "digits.md"
+LINEAR = DOCS.parent / "benchmarks" / "results" / "linear-cpu.json"
+HEAD_SHAPE = [8192, 768, 50257]
+"""Rows, hidden size and classes of the linear head in README.md."""
 WHEN_NOT = DOCS / "when-not.md"
 NAMES = ("digits", "digits-noisy")
 CHOOSING = DOCS / "choosing.md"
@@ -26,13 +31,61 @@ SHOWN = ("refined", "nll", "last")
 """Selections of the table in when-not.md."""
 
 
-def readme_table(results: dict[str, Any]) -> str:
-    """The recommendation and the table at the selected epoch, as they stand in the README."""
+def digits_table(results: dict[str, Any]) -> str:
+    """The recommendation and the table at the selected epoch, for digits.md."""
     selected = results["config"]["select"]
     title = SELECTIONS[selected]
     return (
         f"> {verdict.recommendation(results)}\n\n{title}:\n\n{tables.markdown(results, selected)}"
     )
+
+
+def readme_verdict(results: dict[str, Any]) -> str:
+    """What `print(result.recommendation)` prints, as a quotation."""
+    return f"> {verdict.recommendation(results)}"
+
+
+def readme_summary(clean: dict[str, Any], noisy: dict[str, Any]) -> str:
+    """Accuracy and NLL of both comparisons, one row for each loss."""
+    lines = [
+        "| Loss | Accuracy % ↑ | NLL (T) ↓ | a fifth of the labels wrong: Accuracy % ↑ | NLL (T) ↓ |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for loss in clean["losses"]:
+        cells = [
+            tables.cell(name, results["summary"]["refined"][scaling][name][loss["spec"]]).value
+            for results in (clean, noisy)
+            for name, scaling in (("accuracy", "link"), ("nll", "scaled"))
+        ]
+        lines.append(f"| {' | '.join([loss['label'], *cells])} |")
+    return "\n".join(lines)
+
+
+def readme_head(benchmark: dict[str, Any]) -> str:
+    """Time and memory of the linear head beside every baseline that was measured."""
+    rows = {
+        row["head"]: f"{_memory(row['extra'])} and {row['timing']['median']:.1f} s"
+        for row in benchmark["rows"]
+        if (row["shape"], row["part"]) == (HEAD_SHAPE, "table")
+    }
+    ours = rows.pop("penex without logits")
+    baselines = [
+        f"{rows[head]} for {' '.join(reversed(head.split(', ')))}"
+        for head in rows
+        if not head.startswith("penex")
+    ]
+    shape, machine = " × ".join(map(str, HEAD_SHAPE)), benchmark["machine"]
+    sentence = (
+        f"For {shape} (rows × hidden size × classes) it needs {ours}, compared with "
+        f"{' and '.join(baselines)}: forward and backward pass in float32 on {machine['cores']} "
+        f"CPU cores ({machine['processor']}, torch {machine['torch'].partition('+')[0]}); memory is "
+        "the peak beyond inputs, weight and gradients."
+    )
+    return textwrap.fill(sentence, 100, break_on_hyphens=False)
+
+
+def _memory(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def penex_table(results: dict[str, Any]) -> str:
@@ -86,13 +139,21 @@ def insert(file: Path, name: str, table: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
+def write_readme(digits: dict[str, dict[str, Any]]) -> None:
+    insert(README, "verdict", readme_verdict(digits["digits"]))
+    insert(README, "summary", readme_summary(digits["digits"], digits["digits-noisy"]))
+    insert(README, "head", readme_head(json.loads(LINEAR.read_text(encoding="utf-8"))))
+
+
 def main(folder: Path) -> None:
+    digits = {}
     for name in NAMES:
         saved = DOCS / "results" / f"{name}.json"
         shutil.copyfile(folder / name / "results.json", saved)
-        results = json.loads(saved.read_text(encoding="utf-8"))
-        insert(README, name, readme_table(results))
-        insert(WHEN_NOT, name, penex_table(results))
+        digits[name] = json.loads(saved.read_text(encoding="utf-8"))
+        insert(DIGITS, name, digits_table(digits[name]))
+        insert(WHEN_NOT, name, penex_table(digits[name]))
+    write_readme(digits)
     several = {}
     for name in DECAY:
         results = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
