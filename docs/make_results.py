@@ -48,7 +48,7 @@ def readme_verdict(results: dict[str, Any]) -> str:
 def readme_summary(clean: dict[str, Any], noisy: dict[str, Any]) -> str:
     """Accuracy and NLL of both comparisons, one row for each loss."""
     lines = [
-        "| Loss | Accuracy % ↑ | NLL (T) ↓ | a fifth of the labels wrong: Accuracy % ↑ | NLL (T) ↓ |",
+        "| Loss | Accuracy % ↑ | NLL (T) ↓ | noisy: Accuracy % ↑ | noisy: NLL (T) ↓ |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for loss in clean["losses"]:
@@ -78,8 +78,8 @@ def readme_head(benchmark: dict[str, Any]) -> str:
     sentence = (
         f"For {shape} (rows × hidden size × classes) it needs {ours}, compared with "
         f"{' and '.join(baselines)}: forward and backward pass in float32 on {machine['cores']} "
-        f"CPU cores ({machine['processor']}, torch {machine['torch'].partition('+')[0]}); memory is "
-        "the peak beyond inputs, weight and gradients."
+        f"CPU cores ({machine['processor']}, torch {machine['torch'].partition('+')[0]}). Memory "
+        "is the peak beyond inputs, weight and gradients."
     )
     return textwrap.fill(sentence, 100, break_on_hyphens=False)
 

@@ -131,5 +131,5 @@ def test_comparison_in_the_readme_runs() -> None:
     code = code.replace("train_size=300)", quick)
     assert quick in code
     variables: dict[str, Any] = {"penex": penex}
-    exec(code, variables)  # noqa: S102
+    exec(code, variables)
     assert variables["probabilities"].shape == (1797, 10)
