@@ -1,11 +1,11 @@
 """
-A language model, without its logits
-====================================
+A causal language model without storing logits
+==============================================
 
-Next-token training of a causal language model with :class:`penex.LinearPENEX`. It takes the place
-of the model's last layer and of the loss: the logits, a number for each token and each word of the
-vocabulary, are never held all at a time. The model has random weights and the texts are made on
-the spot, so nothing is downloaded.
+Next-token training of a causal language model with :class:`penex.LinearPENEX`. It replaces the last
+layer of the model and the loss: the logits, one number for each token and each word of the
+vocabulary, are never stored all at once. The model has random weights and the texts are synthetic,
+so nothing is downloaded.
 """
 
 # %%
@@ -39,7 +39,7 @@ def make_texts(number: int) -> tuple[Tensor, Tensor]:
 # %%
 # A small GPT-2, and a head that shares the weight of the model's own last layer (which GPT-2 shares
 # with its embedding). The head has the arguments of :class:`penex.PENEX`, and its running penalty:
-# save its state dict with the model's, and switch both to evaluation.
+# save its state dict with that of the model, and switch both to evaluation mode.
 model = GPT2LMHeadModel(
     GPT2Config(
         vocab_size=VOCABULARY,
@@ -59,9 +59,9 @@ head.weight = model.lm_head.weight
 
 
 # %%
-# The loss is that of the hidden states, from which the last layer would make the logits. The state
-# at a token predicts the next one, so that the states lose their last column and the labels their
-# first. Labels that are padding are ignored; the head spends no time on them on the CPU.
+# The loss takes the hidden states from which the last layer would compute the logits. The state at
+# a token predicts the next token, so the last state and the first label are dropped. Padding is
+# ignored; on the CPU the head spends no time on it.
 def next_token_loss(tokens: Tensor, mask: Tensor) -> Tensor:
     hidden = model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state
     labels = tokens.masked_fill(~mask, -100)
@@ -70,7 +70,7 @@ def next_token_loss(tokens: Tensor, mask: Tensor) -> Tensor:
 
 # %%
 # The probabilities that the model predicts, as a negative log-likelihood for each word. Only here
-# are there logits, and they are scaled by one plus the sensitivity.
+# are logits computed, and they are scaled by one plus the sensitivity.
 @torch.no_grad()
 def nll(tokens: Tensor, mask: Tensor) -> float:
     logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
@@ -83,8 +83,8 @@ test = make_texts(200)
 untrained = nll(*test)
 
 # %%
-# Training. Gradients of PENEX are about the sensitivity times those of cross-entropy, which Adam
-# does not mind.
+# Training. Gradients of PENEX are about the sensitivity times those of cross-entropy, which does
+# not matter for Adam.
 optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
 model.train(), head.train()
 for _ in range(150):
@@ -99,7 +99,7 @@ print(f"NLL of a word: {untrained:.2f} before, {trained:.2f} after, penalty {hea
 assert trained < untrained - 2
 
 # %%
-# It is the loss of the logits, up to rounding.
+# The result equals the loss of the logits, up to rounding.
 tokens, mask = test
 with torch.no_grad():
     logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
@@ -108,7 +108,7 @@ with torch.no_grad():
     torch.testing.assert_close(next_token_loss(tokens, mask), expected, rtol=1e-4, atol=0)
 
 # %%
-# The model generates as before. To sample from its probabilities, give the factor as a temperature.
+# The model generates as before. To sample from its probabilities, pass the factor as a temperature.
 written = model.generate(
     starts[:5, None],
     attention_mask=torch.ones(5, 1),

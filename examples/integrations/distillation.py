@@ -2,14 +2,13 @@
 Distillation
 ============
 
-A student learns from a teacher's probabilities, on samples that nobody labelled. They are a target
-like any other: floating point, shape (N, K). If the teacher was trained with PENEX, its
-probabilities are those of ``predict_proba``; the plain softmax of its logits would hand on too
-little confidence.
+A student learns from a teacher's probabilities, on unlabelled samples. The probabilities are the
+target: floating point, shape (N, K). If the teacher was trained with PENEX, use its
+``predict_proba``; the plain softmax of its logits is too flat.
 """
 
 # %%
-# Data made on the spot: three Gaussian classes, of which many samples come without a label.
+# Synthetic data: three Gaussian classes, with many unlabelled samples.
 import torch
 from torch import Tensor, nn
 
@@ -45,18 +44,18 @@ def nll(model: nn.Module, criterion: penex.PENEX, x: Tensor, target: Tensor) -> 
 test = make_data(3000)
 
 # %%
-# The teacher has seen many labels.
+# The teacher is trained on many labels.
 teacher, teacher_criterion = train(*make_data(4000), width=128)
 
 # %%
-# Its probabilities are the student's targets. The student has seen no label at all.
+# Its probabilities are the student's targets. The student uses no labels.
 unlabelled, _ = make_data(2000)
 with torch.no_grad():
     soft_target = teacher_criterion.predict_proba(teacher(unlabelled))
 student, student_criterion = train(unlabelled, soft_target, width=16)
 
 # %%
-# It agrees with its teacher, and is better than the same network with a hundred labels.
+# It agrees with its teacher, and is better than the same network trained on a hundred labels.
 few, few_criterion = train(*make_data(100), width=16)
 with torch.no_grad():
     agreement = (student(test[0]).argmax(1) == teacher(test[0]).argmax(1)).float().mean().item()

@@ -3,12 +3,12 @@ A Hugging Face Trainer
 ======================
 
 A script with a stock ``Trainer``, and what changes when its loss becomes PENEX: the class, and one
-argument. The model and the texts are made on the spot, so nothing is downloaded.
+argument. The model and the texts are synthetic, so nothing is downloaded.
 """
 
 # %%
-# Texts on three topics. A sentence has two words of its topic among others, and now and then those
-# of another topic, so that no model can be certain.
+# Texts on three topics. A sentence has two words of its topic among others, and sometimes those of
+# another topic, so that no model can be certain.
 
 import random
 import tempfile
@@ -121,15 +121,15 @@ def report(trainer: Trainer) -> None:
 report(Trainer(make_model(), **common))
 
 # %%
-# After. ``compute_metrics`` gets logits whose softmax is right: the factor :math:`1+\alpha` is
-# applied already. (One run of each, untuned, is no comparison of the losses.)
+# After. ``compute_metrics`` receives logits whose softmax is correct: the factor :math:`1+\alpha`
+# is already applied. (One untuned run of each is not a comparison of the losses.)
 
 trainer = PENEXTrainer(make_model(), sensitivity=0.1, **common)
 report(trainer)
 
 # %%
-# For deployment the factor goes into the weights of the last layer. A pipeline that knows nothing
-# of PENEX then gives the probabilities.
+# For deployment the factor goes into the weights of the last layer. A standard pipeline then
+# returns correct probabilities.
 
 trainer.save_folded(folder / "folded")
 classify = transformers.pipeline("text-classification", str(folder / "folded"), device="cpu")

@@ -2,11 +2,11 @@
 A Lightning module
 ==================
 
-The criterion is a submodule. Lightning then moves it, switches it to ``eval()`` for validation, and
-puts its penalty into the checkpoints. Under DDP ``process_group="world"`` makes all ranks estimate
-one penalty from the joined batch; in a single process it changes nothing.
+The criterion is a submodule. Lightning then moves it to the device, switches it to ``eval()`` for
+validation, and saves its penalty in checkpoints. Under DDP ``process_group="world"`` makes all
+ranks estimate one penalty from the joined batch; in a single process it has no effect.
 
-:class:`penex.integrations.lightning.PENEXMonitor` logs what the loss does with a batch.
+:class:`penex.integrations.lightning.PENEXMonitor` logs the penalty, sample weights and margins.
 """
 
 # %%
@@ -55,7 +55,7 @@ class Classifier(L.LightningModule):
 
 
 # %%
-# Data made on the spot: four classes, a tenth of the training labels wrong.
+# Synthetic data: four classes, a tenth of the training labels wrong.
 torch.manual_seed(0)
 centres = 1.5 * torch.randn(4, 8)
 target = torch.randint(4, (1200,))
@@ -88,14 +88,13 @@ accuracy = trainer.callback_metrics["val_accuracy"].item()
 assert accuracy > 0.9
 
 # %%
-# The penalty came back with the weights.
+# The penalty is restored with the weights.
 assert best.criterion.penalty == content["state_dict"]["criterion.penalty"]
 assert torch.allclose(best.eval()(x).sum(1), torch.ones(len(x)))
 
 # %%
-# What the monitor wrote, and its numbers for the last batch that was logged. Mislabelled samples
-# have negative margins and the largest weights; an effective sample size near 1 says that they do
-# not outweigh the others.
+# Values logged by the monitor for the last batch. Mislabelled samples have negative margins and the
+# largest weights; an effective sample size near 1 means that they do not dominate.
 assert "penex/weight_ess" in log
 for name, value in sorted(trainer.callback_metrics.items()):
     if name.startswith("penex/"):

@@ -3,12 +3,12 @@ Mixup and CutMix
 ================
 
 Both mix two images and their labels. The mixed target has a probability for each class: floating
-point, shape (N, K). The criterion takes it as ``nn.CrossEntropyLoss`` does. Nothing is rounded to
+point, shape (N, K). The criterion accepts it as ``nn.CrossEntropyLoss`` does, without rounding to
 the likelier class.
 """
 
 # %%
-# Images made on the spot: horizontal, vertical or diagonal stripes with noise.
+# Synthetic images: horizontal, vertical or diagonal stripes with noise.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ test_images, test_target = make_images(300)
 
 
 # %%
-# The two mixtures. ``share`` is what an image keeps of itself.
+# The two mixtures. ``share`` is the proportion of the original image.
 def mixup(images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     share, other = torch.distributions.Beta(0.4, 0.4).sample(), torch.randperm(len(images))
     return torch.lerp(images[other], images, share), torch.lerp(target[other], target, share)
@@ -53,14 +53,13 @@ for mix in (mixup, cutmix):
     assert torch.allclose(mixed_target.sum(1), torch.ones(8))
 
 # %%
-# One-hot probabilities give the loss of the class indices, so a batch that is not mixed is not
-# special.
+# One-hot probabilities give the loss of the class indices, so unmixed batches need no special case.
 logits = torch.randn(8, CLASSES)
 criterion = penex.PENEX(penalty=0.05)
 torch.testing.assert_close(criterion(logits, soft), criterion(logits, train_target[:8]))
 
 # %%
-# Training, on one or the other mixture in turn.
+# Training, alternating between the two mixtures.
 model = nn.Sequential(
     nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(),
     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES),

@@ -3,13 +3,13 @@ Export to ONNX
 ==============
 
 A model trained with PENEX needs its factor 1 + α wherever its probabilities are computed. There are
-two ways to take it along: :class:`penex.inference.Calibrated` puts it, and the softmax, into the
-exported graph; :func:`penex.inference.fold_temperature` puts it into the weights, for a consumer
-that calls softmax itself.
+two ways to include it: :class:`penex.inference.Calibrated` puts it, and the softmax, into the
+exported graph; :func:`penex.inference.fold_temperature` puts it into the weights, for code that
+calls softmax itself.
 """
 
 # %%
-# A small model, trained a little on data made on the spot.
+# A small model, trained briefly on synthetic data.
 import copy
 import logging
 import warnings
@@ -40,7 +40,7 @@ probabilities = criterion.predict_proba(model(x)).detach()
 assert (probabilities.argmax(1) == target).float().mean() > 0.8
 
 # %%
-# Model and factor together, with a batch size that may vary: first ``torch.export``, which is also
+# Model and factor together, with a dynamic batch size: first ``torch.export``, which is also
 # what the ONNX exporter starts from.
 calibrated = Calibrated(model, criterion.sensitivity)
 dynamic = {"args": ({0: torch.export.Dim("batch")},)}
@@ -58,7 +58,7 @@ assert difference < 1e-6
 print(f"Calibrated:       largest difference of a probability {difference:.1e}")
 
 # %%
-# The folded copy returns logits whose plain softmax is right. ``exported.save(path)`` would write
+# The folded copy returns logits whose plain softmax is correct. ``exported.save(path)`` would write
 # the file to deploy.
 folded = fold_temperature(copy.deepcopy(model), criterion.sensitivity)
 dynamic = ({0: torch.export.Dim("batch")},)
@@ -73,7 +73,7 @@ assert difference < 1e-6
 print(f"fold_temperature: largest difference of a probability {difference:.1e}")
 
 # %%
-# Without either, the consumer's probabilities would be too flat.
+# Without either, the probabilities would be too flat.
 plain = model(x).detach().softmax(1)
 assert (plain - probabilities).abs().max() > 0.02
 assert plain.amax(1).mean() < probabilities.amax(1).mean()

@@ -2,14 +2,14 @@
 A plain training loop
 =====================
 
-Where ``nn.CrossEntropyLoss()`` becomes ``penex.PENEX()``, four things change in the loop around it:
-the criterion has state, the running penalty ρ, so it goes into the checkpoint; ``eval()`` is called
-on it as on the model; thresholds of gradient clipping shrink; and probabilities come from
+When ``penex.PENEX()`` replaces ``nn.CrossEntropyLoss()``, four things change in the training loop:
+the criterion has state, the running penalty ρ, so it is saved in checkpoints; ``eval()`` is called
+on it as on the model; gradient clipping thresholds are smaller; and probabilities come from
 ``criterion.predict_proba``.
 """
 
 # %%
-# Data made on the spot: three Gaussian classes that overlap, so that the true probabilities are
+# Synthetic data: three Gaussian classes that overlap, so that the true probabilities are
 # known.
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,9 +58,9 @@ def train(
 
 
 # %%
-# Validation. ``eval()`` keeps ρ as it is. What is compared between epochs is the negative
-# log-likelihood: the values of the loss itself move with ρ, and cannot be compared with those of
-# cross-entropy either.
+# Validation. ``eval()`` keeps ρ fixed. Epochs are compared by the negative log-likelihood: the
+# values of the loss itself change with ρ, and cannot be compared with those of cross-entropy
+# either.
 @torch.no_grad()
 def evaluate(model: nn.Module, criterion: penex.PENEX) -> float:
     model.eval()
@@ -73,7 +73,7 @@ before = evaluate(model, criterion)
 train(model, criterion, optimiser, range(6))
 
 # %%
-# A checkpoint holds the criterion's state along with the others.
+# A checkpoint includes the state of the criterion.
 with TemporaryDirectory() as folder:
     file = Path(folder) / "checkpoint.pt"
     torch.save(
@@ -94,7 +94,7 @@ resumed_optimiser.load_state_dict(saved["optimiser"])
 assert torch.equal(resumed_criterion.penalty, criterion.penalty)
 
 # %%
-# Training goes on from there as if it had not stopped, to the last bit.
+# Training continues from there exactly as if it had not been interrupted.
 train(model, criterion, optimiser, range(6, 12))
 train(resumed, resumed_criterion, resumed_optimiser, range(saved["epoch"], 12))
 for one, other in zip(model.parameters(), resumed.parameters(), strict=True):

@@ -2,14 +2,14 @@
 Semantic segmentation
 =====================
 
-Dense targets have the shapes of ``nn.CrossEntropyLoss``: logits (N, K, H, W), class indices
-(N, H, W). Pixels that nobody labelled carry the value ``ignore_index``; they count neither in the
-loss nor in the penalty ρ.
+Dense targets have the shapes of ``nn.CrossEntropyLoss``: logits (N, K, H, W), class indices (N, H,
+W). Unlabelled pixels have the value ``ignore_index``; they affect neither the loss nor the penalty
+ρ.
 """
 
 # %%
-# Pictures made on the spot: a disc and a square on a noisy ground. Only a tenth of the pixels has a
-# label.
+# Synthetic images: a disc and a square on a noisy background. Only a tenth of the pixels are
+# labelled.
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ images, full_target = make_images(64)
 target = full_target.masked_fill(torch.rand(full_target.shape) < 0.9, UNLABELLED)
 
 # %%
-# What an ignored pixel's logits are changes nothing, and gets no gradient.
+# The logits of ignored pixels have no effect, and get no gradient.
 criterion = penex.PENEX(ignore_index=UNLABELLED)
 logits = torch.randn(2, CLASSES, SIZE, SIZE, requires_grad=True)
 criterion(logits, target[:2]).backward()
@@ -63,8 +63,8 @@ for _ in range(10):
 assert losses[-1] < losses[0]
 
 # %%
-# Probabilities have the shape of the logits, and add up to one over the classes. New pictures are
-# scored on every pixel.
+# Probabilities have the shape of the logits, and sum to one over the classes. New images are
+# evaluated on every pixel.
 model.eval()
 criterion.eval()
 new_images, new_target = make_images(32)

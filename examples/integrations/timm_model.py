@@ -2,9 +2,9 @@
 A timm model
 ============
 
-Models of timm return logits, so the criterion is swapped as anywhere. Its ``Mixup`` makes targets
-that are class probabilities, which the criterion takes as they are. For a consumer that calls plain
-softmax the factor 1 + α is folded into the classifier of a copy.
+Models of timm return logits, so only the criterion changes. timm's ``Mixup`` produces class
+probabilities as targets, which the criterion accepts. For code that applies plain softmax, the
+factor 1 + α is folded into the classifier of a copy.
 
 This example needs ``timm``, and a ``torchvision`` that fits the installed torch.
 """
@@ -24,7 +24,7 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of a
     raise SystemExit(f"timm_model.py needs timm and torchvision: {error}") from error
 
 # %%
-# Images made on the spot: the class is the colour channel that is bright.
+# Synthetic images: the class is the bright colour channel.
 torch.manual_seed(0)
 
 
@@ -55,7 +55,7 @@ for _ in range(3):
         optimiser.step()
 
 # %%
-# Probabilities on new images, and a folded copy for others to serve.
+# Probabilities on new images, and a folded copy for deployment.
 model.eval()
 criterion.eval()
 new_images, new_target = make_images(100)

@@ -2,13 +2,13 @@
 Token classification
 ====================
 
-A tagger returns logits of shape (N, T, K), a class for each token. The criterion wants the classes
-second, as ``nn.CrossEntropyLoss`` does: transpose to (N, K, T), or flatten to (N·T, K). Padding has
-the label −100, the default ``ignore_index``.
+A tagger returns logits of shape (N, T, K), a class for each token. The criterion expects the
+classes in dimension 1, as ``nn.CrossEntropyLoss`` does: transpose to (N, K, T), or flatten to (N·T,
+K). Padding has the label −100, the default ``ignore_index``.
 """
 
 # %%
-# Sentences made on the spot. The tag of a token depends on the token before it.
+# Synthetic sentences. The tag of a token depends on the token before it.
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -43,7 +43,7 @@ class Tagger(nn.Module):
 
 
 # %%
-# Transposed or flattened, the loss is the same: the mean over the tokens that are no padding.
+# Transposed or flattened, the loss is the same: the mean over the tokens that are not padding.
 model = Tagger()
 logits = model(tokens)
 transposed = penex.PENEX()(logits.transpose(1, 2), tags)
@@ -65,7 +65,7 @@ for _ in range(30):
         optimiser.step()
 
 # %%
-# For logits (N, T, K) the class dimension is the last one, and ``predict_proba`` is told so.
+# For logits (N, T, K) the class dimension is the last one, so pass it to ``predict_proba``.
 model.eval()
 criterion.eval()
 new_tokens, new_tags = make_sentences(200)

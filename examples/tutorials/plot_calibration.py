@@ -1,9 +1,9 @@
 r"""
-Calibration, and the factor that must not be forgotten
-======================================================
+Calibration and the factor 1 + α
+================================
 
 A network trained with PENEX predicts :math:`\operatorname{softmax}((1+\alpha) f)`. Plain softmax
-predicts the same classes, but with too little confidence. This page draws what that looks like, on
+predicts the same classes, but with too little confidence. This page shows the effect on
 data whose true probabilities are known, and how it relates to temperature scaling.
 """
 
@@ -75,7 +75,7 @@ with_penex = fit(penex.PENEX(sensitivity=ALPHA), 1 + ALPHA)
 # -----------
 # Temperature scaling divides the logits by one number :math:`T`, fitted on validation rows. A point
 # of a diagram is a bin of test rows of similar confidence, that is, largest probability; its disc
-# grows with their number. Below the diagonal a model is surer than it is right, above it less sure.
+# grows with their number. Below the diagonal a model is overconfident, above it underconfident.
 
 variants = {
     "Cross-entropy": (cross_entropy, 1.0, False),
@@ -122,8 +122,8 @@ print(f"NLL of the true probabilities: {metrics.nll(true, test[1]):.3f}")
 # At the best epoch
 # -----------------
 # PENEX with its factor is calibrated, and so is cross-entropy; a temperature has little left to do.
-# (The data are clean and not scarce: here PENEX has no advantage in NLL.) With the factor forgotten
-# no predicted class changes, but all are predicted with too little confidence.
+# (The data are clean and not scarce: here PENEX has no advantage in NLL.) Without the factor the
+# predicted classes are the same, but the confidence is too low.
 
 best = {name: scores[name, "best"] for name in variants}
 assert best["PENEX, no factor"]["accuracy"] == best["PENEX"]["accuracy"]
@@ -134,15 +134,15 @@ assert best["PENEX, no factor"]["nll"] > best["PENEX"]["nll"] + 0.02
 assert best["Cross-entropy"]["nll"] < best["PENEX"]["nll"]
 
 # %%
-# At the last epoch: why the mistake goes unnoticed
-# -------------------------------------------------
-# Both networks have overfitted and are overconfident. Now forgetting the factor seems to help, as
-# one error makes up for part of the other. It is temperature scaling with a temperature that nobody
-# fitted, :math:`T = 1 + \alpha`; on the next data set it does harm. If a network is overconfident,
-# keep the factor and fit the temperature.
+# At the last epoch
+# -----------------
+# Both networks have overfitted and are overconfident. Omitting the factor now seems to help,
+# because one error compensates for part of the other. This amounts to temperature scaling with a
+# temperature that was not fitted, :math:`T = 1 + \alpha`; on other data it may make calibration worse.
+# If a network is overconfident, keep the factor and fit the temperature.
 #
-# A fitted temperature takes in any constant factor. So after temperature scaling it no longer
-# matters whether the factor was there.
+# A fitted temperature absorbs any constant factor. After temperature scaling it no longer matters
+# whether the factor was applied.
 
 last = {name: scores[name, "last"] for name in variants}
 for name in ("Cross-entropy", "PENEX"):
@@ -163,10 +163,10 @@ np.testing.assert_allclose((1 + ALPHA) * fitted_without, fitted, rtol=1e-6)
 assert scaled_ece < 0.03
 
 # %%
-# Where the factor belongs
-# ------------------------
-# ``criterion.predict_proba(logits)`` applies it. Where nothing but plain softmax will ever see the
-# logits, ``penex.inference.fold_temperature`` writes it into the last layer.
+# Where to apply the factor
+# -------------------------
+# ``criterion.predict_proba(logits)`` applies it. If the logits are only used with plain softmax,
+# ``penex.inference.fold_temperature`` multiplies it into the last layer.
 
 criterion = penex.PENEX(sensitivity=ALPHA)
 torch.testing.assert_close(

@@ -22,7 +22,7 @@ frame.iloc[:3, -4:]
 # %%
 # Compare
 # -------
-# Each loss is trained three times, on splits that both share. The result shows the recommendation,
+# Each loss is trained three times, on splits shared by both. The result shows the recommendation,
 # the table of test results and the curves.
 
 result = penex.compare_losses(

@@ -1,10 +1,10 @@
 r"""
-Digits with wrong labels, end to end
-====================================
+Digits with wrong labels
+========================
 
-Handwritten digits, 300 of them for training and a fifth of those mislabelled: a plain torch loop
-with early stopping, probabilities, and what they are worth. Cross-entropy goes through the same
-steps with the same initial weights and batches.
+Handwritten digits, 300 of them for training and a fifth of those mislabelled: a plain PyTorch loop
+with early stopping, probabilities and their evaluation, for PENEX and for cross-entropy with the
+same initial weights and batches.
 """
 
 import copy
@@ -24,7 +24,7 @@ EPOCHS = 100
 # %%
 # Data
 # ----
-# The labels for validation and test stay right. A wrong label is another class, drawn at random.
+# The labels for validation and test stay correct. A wrong label is another class, drawn at random.
 
 
 def digits(seed):
@@ -56,11 +56,10 @@ def digits(seed):
 # %%
 # Training
 # --------
-# The loop is an ordinary one. What is compared on the validation rows is the NLL of the
-# probabilities, as the loss of PENEX is not on the scale of cross-entropy; ``log_proba`` is the
-# criterion's own, which knows the factor :math:`1+\alpha`. The criterion also has state, the
-# running penalty: where a loop writes checkpoints, its ``state_dict()`` belongs there beside the
-# model's.
+# The loop compares the NLL of the probabilities on the validation rows, because the values of PENEX
+# and cross-entropy are not comparable; ``log_proba`` comes from the criterion, which applies the
+# factor :math:`1+\alpha`. The criterion has state, the running penalty: if you save checkpoints,
+# include its ``state_dict()``.
 
 
 def train(criterion, log_proba, data, seed):
@@ -113,7 +112,7 @@ for seed in range(5):
 # %%
 # Validation NLL
 # --------------
-# Each thin line is a seed, with a dot at the epoch that early stopping keeps.
+# Each thin line is a seed, with a dot at the epoch selected by early stopping.
 
 colours = {"Cross-entropy": "#1a1d21", "PENEX": "#d55e00"}
 figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
@@ -162,10 +161,10 @@ for kept, epoch in ((1, "best epoch"), (2, "last epoch")):
         )
 
 # %%
-# Trained to the end, PENEX has followed the wrong labels less far than cross-entropy: its accuracy
-# is higher and its NLL lower. Early stopping on clean rows helps cross-entropy more, and brings it
-# level with PENEX or ahead. Both are less sure than they are right, as a fifth of the labels they
-# learned from were wrong.
+# At the last epoch PENEX has fitted the wrong labels less than cross-entropy: its accuracy is
+# higher and its NLL lower. Early stopping on clean rows helps cross-entropy more, and it becomes as
+# good as PENEX or better. Both are underconfident, because a fifth of the training labels were
+# wrong.
 
 plain, ours = means["Cross-entropy", "last epoch"], means["PENEX", "last epoch"]
 assert ours["nll"] < plain["nll"]
@@ -176,8 +175,8 @@ assert abs(ours["nll"] - plain["nll"]) < 0.05
 # %%
 # Reliability
 # -----------
-# All test rows of all seeds: how often a prediction is right against how sure it is. A disc grows
-# with the number of rows in it. Above the diagonal the model is less sure than it is right.
+# All test rows of all seeds: accuracy against confidence. The size of a disc shows the number of
+# rows. Above the diagonal the model is underconfident.
 
 figure, panels = plt.subplots(
     1, 2, figsize=(7, 3.6), layout="constrained", sharey=True
@@ -205,5 +204,5 @@ panels[0].legend(loc="upper left")
 plt.show()
 
 # %%
-# Five seeds at one setting are no comparison yet. ``penex compare`` makes one on your own data,
-# with more losses, temperature scaling, and the learning rates tuned if asked.
+# Five seeds at one setting are not a full comparison. ``penex compare`` runs one on your own data,
+# with more losses, temperature scaling and, optionally, tuned learning rates.

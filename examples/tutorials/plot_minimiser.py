@@ -1,6 +1,6 @@
 r"""
-The minimiser, in closed form and by a solver
-=============================================
+The minimiser in closed form
+============================
 
 For class probabilities :math:`p` and a fixed penalty :math:`\rho`, the expected PENEX loss of
 logits :math:`f` is
@@ -8,8 +8,8 @@ logits :math:`f` is
 .. math::
     L(f) = \sum_j \left[ p_j e^{-\alpha f_j} + \rho\, e^{f_j} \right].
 
-It is a sum over classes without coupling, so its minimum can be written down. This page does that,
-lets a solver that knows none of it find the same point, and draws the loss around it.
+It is a sum of one term per class, so its minimum has a closed form. This page derives it, finds the
+same point with a general solver, and plots the loss around it.
 """
 
 import matplotlib.pyplot as plt
@@ -32,7 +32,7 @@ def loss(f):
 # The solver
 # ----------
 # SciPy's trust-region method gets the value, the gradient and the Hessian of ``penex_loss`` from
-# torch, in float64, and a few starting points far apart. It ends at the same point each time:
+# torch, in float64, and several distant starting points. It converges to the same point each time:
 # the loss is strictly convex.
 
 
@@ -92,9 +92,9 @@ for result in found:
 # %%
 # The Hessian is diagonal
 # -----------------------
-# No class couples to another, unlike in cross-entropy, where the softmax ties all of them. On the
-# diagonal stands :math:`\rho e^{f_j} + \alpha^2 p_j e^{-\alpha f_j}`, which is positive everywhere.
-# At the minimum it is :math:`(1+\alpha)\rho e^{f^*_j}`.
+# The classes are not coupled, unlike in cross-entropy, where the softmax couples all of them. The
+# diagonal is :math:`\rho e^{f_j} + \alpha^2 p_j e^{-\alpha f_j}`, which is positive everywhere. At
+# the minimum it is :math:`(1+\alpha)\rho e^{f^*_j}`.
 
 f = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)
 diagonal = rho * f.exp() + alpha**2 * p * torch.exp(-alpha * f)
@@ -109,9 +109,9 @@ np.testing.assert_allclose(
 # %%
 # Fisher consistency
 # ------------------
-# The minimiser holds the probabilities to the power :math:`1/(1+\alpha)`. The factor
-# :math:`1+\alpha` takes them out again, whatever :math:`\rho` was; plain softmax leaves them too
-# flat.
+# At the minimum the exponentials of the logits are proportional to the probabilities to the power
+# :math:`1/(1+\alpha)`. The factor :math:`1+\alpha` recovers the probabilities for every
+# :math:`\rho`; plain softmax is too flat.
 
 print("p:                    ", p.numpy().round(3))
 print("softmax(f):           ", minimiser.softmax(0).numpy().round(3))
@@ -128,9 +128,9 @@ for any_alpha in (0.01, 0.1, 1.0):
 assert minimiser.softmax(0).max() < p.max()
 
 # %%
-# The same holds for a sample of labels. One vector of logits for all rows, which knows nothing of
-# the inputs, learns how frequent the classes are. Here :math:`\rho` is estimated anew at each step,
-# as ``penex.PENEX(penalty_mode="auto")`` does.
+# The same holds for a sample of labels. One vector of logits for all rows, independent of the
+# inputs, learns the frequencies of the classes. Here :math:`\rho` is estimated at each step, as
+# ``penex.PENEX(penalty_mode="auto")`` does.
 
 labels = torch.multinomial(
     p, 1000, replacement=True, generator=torch.manual_seed(0)
@@ -152,9 +152,9 @@ torch.testing.assert_close(learned, frequency, atol=1e-3, rtol=0)
 # %%
 # The loss along two lines
 # ------------------------
-# Cross-entropy does not change when a constant is added to all logits: it has no single minimiser.
-# PENEX has one; the penalty says where. A step up costs more than the same step down, as
-# :math:`e^{f}` grows faster than :math:`e^{-\alpha f}` for :math:`\alpha < 1`.
+# Cross-entropy does not change when a constant is added to all logits: its minimiser is not unique.
+# That of PENEX is, and depends on the penalty. A step up costs more than the same step down,
+# because :math:`e^{f}` grows faster than :math:`e^{-\alpha f}` for :math:`\alpha < 1`.
 
 steps = torch.linspace(-3, 3, 121, dtype=torch.float64)
 lines = {

