@@ -19,8 +19,10 @@ lint: .venv/.dev  ## Style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: .venv/.dev  ## The documentation, into docs/_build/html; warnings are errors
+docs: .venv/.dev  ## The documentation, into docs/_build/html, and a check of its links; warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/check_site.py
+	$(BIN)/python -m pytest tests/test_readme.py
 
 # What docs/choosing.md shows of weight decay.
 DECAY := --data digits --train-size 300 --weight-decay 0.01 --losses cross-entropy,penex=0.1,penex=0.03
@@ -73,8 +75,9 @@ gpu: .venv/.dev  ## The tests that need a CUDA device, then the benchmarks on it
 	$(BIN)/python -m benchmarks.page
 	$(BIN)/python -m benchmarks.linear_page
 
-api: .venv/.dev  ## Accept a change of the public names: regenerates tests/api.txt
+api: .venv/.dev  ## Accept a change of public names: regenerates tests/api.txt and docs/command-line.md
 	$(BIN)/python tests/test_api.py > tests/api.txt
+	$(BIN)/python docs/make_command_line.py
 
 dist: .venv/.dev  ## Wheel and sdist, checked, into dist
 	rm -rf dist

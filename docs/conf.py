@@ -1,10 +1,14 @@
 """Sphinx configuration."""
 
+import html
+import re
 import sys
+import zlib
 from pathlib import Path
-from typing import NewType
+from typing import Any, NewType
 
 import numpy.typing
+from docutils import nodes
 
 import penex
 
@@ -22,6 +26,7 @@ release = version = penex.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx-mathjax-offline",  # formulas without a network
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -30,7 +35,8 @@ extensions = [
 ]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "results"]
+exclude_patterns = ["_build", "results", "inventories"]
+suppress_warnings = ["myst.xref_missing"]  # anchors of names; check_site.py checks all links
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -58,11 +64,59 @@ html_theme = "pydata_sphinx_theme"
 html_title = "penex"
 html_show_sourcelink = False
 html_static_path = ["_static"]
+html_favicon = "_static/favicon.svg"
 html_css_files = ["custom.css", "gallery.css"]
-html_sidebars = {page: [] for page in ("index", "start", "api")}  # without pages beside them
+html_sidebars = {page: [] for page in ("index", "start")}  # without pages beside them
 html_theme_options = {
     "navbar_align": "left",
     "navbar_end": ["theme-switcher"],
     "secondary_sidebar_items": ["page-toc"],
     "show_toc_level": 2,
 }
+
+SITES = {
+    "torch": "https://docs.pytorch.org/docs/stable/",
+    "numpy": "https://numpy.org/doc/stable/",
+    "sklearn": "https://scikit-learn.org/stable/",
+}
+
+
+def inventory(name: str) -> str:
+    """Path of an inventory with the names used here, so that the build needs no network."""
+    lines = (Path(__file__).parent / "inventories" / f"{name}.txt").read_bytes()
+    header = f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n"
+    header += "# The remainder of this file is compressed using zlib.\n"
+    file = Path(__file__).parent / "_build" / "inventories" / f"{name}.inv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(header.encode() + zlib.compress(lines))
+    return str(file)
+
+
+intersphinx_mapping = {name: (address, inventory(name)) for name, address in SITES.items()}
+
+ROOT_FILES = {"changelog": "CHANGELOG", "contributing": "CONTRIBUTING", "security": "SECURITY"}
+
+
+def read_source(app: Any, page: str, source: list[str]) -> None:
+    """Show files of the root on the site, and links to scripts as links to the gallery."""
+    if page in ROOT_FILES:
+        source[0] = (Path(app.srcdir).parent / f"{ROOT_FILES[page]}.md").read_text("utf-8")
+        for name, file in ROOT_FILES.items():
+            source[0] = source[0].replace(f"]({file}.md", f"]({name}.md")
+    source[0] = re.sub(r"\]\(\.\./examples/(.+?)\.py\)", r"](auto_examples/\1.rst)", source[0])
+    source[0] = source[0].replace("](../examples/)", "](auto_examples/index.rst)")
+
+
+def add_description(
+    app: Any, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """A description for search engines: the first paragraph of the page."""
+    for paragraph in doctree.findall(nodes.paragraph) if doctree else ():
+        text = html.escape(" ".join(paragraph.astext().split())[:300])
+        context["metatags"] += f'<meta name="description" content="{text}">\n'
+        return
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", read_source)
+    app.connect("html-page-context", add_description)

@@ -138,7 +138,7 @@ assert best["Cross-entropy"]["nll"] < best["PENEX"]["nll"]
 # -----------------
 # Both networks have overfitted and are overconfident. Omitting the factor now seems to help,
 # because one error compensates for part of the other. This amounts to temperature scaling with a
-# temperature that was not fitted, :math:`T = 1 + \alpha`; on other data it may make calibration worse.
+# temperature that was not fitted, :math:`T = 1 + \alpha`; on other data it may hurt.
 # If a network is overconfident, keep the factor and fit the temperature.
 #
 # A fitted temperature absorbs any constant factor. After temperature scaling it no longer matters
