@@ -9,6 +9,7 @@ from typing import Any, NewType
 
 import numpy.typing
 from docutils import nodes
+from sphinx import addnodes
 
 import penex
 
@@ -117,6 +118,27 @@ def add_description(
         return
 
 
+def add_short_anchors(app: Any, doctree: nodes.document) -> None:
+    """Anchors such as penex.FocalLoss too, to which pages with the source code link."""
+    for signature in doctree.findall(addnodes.desc_signature):
+        if signature.get("module", "").startswith("penex"):
+            anchor = f"penex.{signature['fullname']}"
+            if anchor not in doctree.ids:
+                doctree.ids[anchor] = signature
+                signature["ids"].append(anchor)
+
+
+def describe_thumbnails(app: Any, doctree: nodes.document, page: str) -> None:
+    """The title of an example as the alternative text of its thumbnail."""
+    titles = {name.rpartition("/")[2]: title for name, title in app.env.titles.items()}
+    for image in doctree.findall(nodes.image):
+        found = re.search(r"sphx_glr_(\w+)_thumb", image["uri"])
+        if found and found[1] in titles:
+            image["alt"] = titles[found[1]].astext()
+
+
 def setup(app: Any) -> None:
+    app.connect("doctree-read", add_short_anchors)
+    app.connect("doctree-resolved", describe_thumbnails)
     app.connect("source-read", read_source)
     app.connect("html-page-context", add_description)
