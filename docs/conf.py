@@ -111,7 +111,9 @@ def read_source(app: Any, page: str, source: list[str]) -> None:
 def add_description(
     app: Any, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
 ) -> None:
-    """A description for search engines: the first paragraph of the page."""
+    """A description for search engines, the first paragraph; on the start page also its script."""
+    if page == "index":
+        app.add_js_file("playground.js")
     for paragraph in doctree.findall(nodes.paragraph) if doctree else ():
         text = html.escape(" ".join(paragraph.astext().split())[:300])
         context["metatags"] += f'<meta name="description" content="{text}">\n'

@@ -1,5 +1,6 @@
 """Write docs/command-line.md, the reference of every command and option. Called by `make api`."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -38,17 +39,13 @@ def _section(name: str, command: Any, context: typer.Context) -> Iterator[str]:
     ]
     yield f"## penex {name}\n"
     yield f"```text\npenex {' '.join([name, '[OPTIONS]', *arguments])}\n```\n"
-    yield "\n\n".join(" ".join(part.split()) for part in _help(command).split("\n\n")) + "\n"
+    yield "\n\n".join(_prose(part) for part in str(command.help or "").split("\n\n")) + "\n"
     for panel in sorted({_panel(each): None for each in parameters}, key=_rank):
         yield f"| {panel} | |\n|---|---|"
         for each in parameters:
             if _panel(each) == panel:
                 yield f"| {_words(each)} | {_cell(each)} |"
         yield ""
-
-
-def _help(command: Any) -> str:
-    return str(command.help or "").strip()
 
 
 def _is_argument(parameter: Any) -> bool:
@@ -85,7 +82,13 @@ def _cell(parameter: Any) -> str:
     value = parameter.help or ""
     if parameter.show_default and isinstance(parameter.default, (str, int)) and parameter.default:
         value += f" (default: {parameter.default})"
-    return " ".join(value.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return _prose(value).replace("|", "\\|")
+
+
+def _prose(value: str) -> str:
+    """Help text as Markdown, with options as code."""
+    value = " ".join(value.split()).replace("<", "&lt;").replace("*", "\\*")
+    return re.sub(r"(?<![\w-])--[a-z][\w-]*", r"`\g<0>`", value)
 
 
 if __name__ == "__main__":
