@@ -349,8 +349,8 @@ class Penex(RowLoss):
         sum_a, sum_z = a.sum().item(), partition.sum().item()
         if denominator is None:
             denominator = float(t.numel()) if weights is None else weights.sum().item()
-        within = all(1 / SAFE < x < SAFE for x in (sum_a, sum_z, denominator))
-        if not within:
+        least, most = min(sum_a, sum_z, denominator), max(sum_a, sum_z, denominator)
+        if not 1 / SAFE < least <= most < SAFE or math.isnan(sum_a + sum_z):
             return None
         rho = self.penalty.value(sum_a, sum_z)
         divisor = self.scale * (denominator if reduction == "mean" else 1.0)

@@ -24,9 +24,11 @@ from penex import _passes
 from penex._inputs import Batch, LossArguments, can_inspect, computed_in, prepare, refuse_labels
 from penex._log_mean import row_dtype
 from penex._passes import (
+    WHOLE,
     Pass,
     in_pieces,
     log_softmax,
+    part,
     pieces,
     powers,
     powers_from,
@@ -34,10 +36,11 @@ from penex._passes import (
     softmax,
 )
 from penex._row_losses import Outcome, RowLoss, Rows
-from penex._targets import WHOLE, Labels, SoftTargets
+from penex._targets import Labels, SoftTargets
 
 SMALL = 1 << 15
 """So few logits that memory does not matter."""
+_DENSE = torch._C.DispatchKey.Dense  # what a tensor that stands for a batch of them lacks
 LEAST_PROBABILITY = 1e-30
 """A probability from here on has all its digits, and so has its logarithm."""
 
@@ -169,31 +172,26 @@ class _ByRows(Function):
             found = _evaluate_labels(input, target, arguments, loss, keep)
         # The target and the class weights, so that changes before the backward are noticed.
         ctx.save_for_backward(input, arguments.target, arguments.weight if arguments.soft else None)
-        ctx.kept, ctx.found = found.kept, found._replace(kept=None)
+        ctx.outcome, ctx.make, ctx.kept = found
         ctx.arguments, ctx.loss, ctx.target = arguments, loss, target
         return found.outcome.value.to(computed_in(input))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, *_ = ctx.saved_tensors
-        found: _Evaluation = ctx.found
+        outcome: Outcome = ctx.outcome
         factor: Tensor | float = grad.unsqueeze(1) if grad.ndim else grad
-        exact = True
-        if grad.ndim == 0 and _is_dense(grad) and can_inspect(input):
+        dense, exact = torch._C._dispatch_keys(grad).has(_DENSE), True
+        if dense and grad.ndim == 0 and can_inspect(input):
             factor = grad.item()
             # So large a factor would bring up what underflow has taken from the exponentials.
-            exact = found.make is not powers or 1e-15 < abs(factor) < 1e15
-        if torch.is_grad_enabled() or not _is_dense(grad) or not exact:
-            arguments: LossArguments = ctx.arguments
-            coupling = found.outcome.coupling
-            return _differentiable(input, grad, arguments, ctx.loss, coupling), None, None
+            exact = ctx.make is not powers or 1e-15 < abs(factor) < 1e15
+        if torch.is_grad_enabled() or not dense or not exact:
+            made = _differentiable(input, grad, ctx.arguments, ctx.loss, outcome.coupling)
+            return made, None, None
         kept, ctx.kept = ctx.kept, None
-        return _gradient(input, found._replace(kept=kept), ctx.target, factor), None, None
-
-
-def _is_dense(grad: Tensor) -> bool:
-    """Whether this is one gradient, and does not stand for a batch of them."""
-    return torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.Dense)
+        found = _Evaluation(outcome, ctx.make, kept)
+        return _gradient(input, found, ctx.target, factor), None, None
 
 
 def _evaluate_labels(
@@ -296,7 +294,8 @@ def _gradient(
     outcome, make, kept = found
     dtype = computed_in(input)
     dt = _times(outcome.dt, factor, dtype)
-    dt = torch.as_tensor(dt, dtype=dtype, device=input.device).expand(input[:, :1].shape)
+    if not isinstance(dt, Tensor) or dt.ndim == 0:
+        dt = torch.as_tensor(dt, dtype=dtype, device=input.device).expand(input[:, :1].shape)
     exponents: Tensor | None = None
     scale: Tensor | float | None
     if make is None:
@@ -309,22 +308,22 @@ def _gradient(
     whole = whole or input.nbytes <= _passes.PIECE
     result = torch.empty_like(input) if kept is None else kept
     for piece in [WHOLE] if whole else pieces(input):
-        x = input[piece]
+        x = part(input, piece)
         if make is None:
-            part = powers_from(x, _of(exponents, piece))
+            made = powers_from(x, _of(exponents, piece))
         else:
-            part = make(x, None) if kept is None else kept[piece]
+            made = make(x, None) if kept is None else part(kept, piece)
         if make is log_softmax:
-            part.exp_()
+            made.exp_()
         if scale is not None:
-            part.mul_(_of(scale, piece))
-        target.add_to(part, x, piece, dt)
+            made.mul_(_of(scale, piece))
+        target.add_to(made, x, piece, dt)
         if target.skipped is not None:
-            part.masked_fill_(target.skipped[piece], 0)
+            made.masked_fill_(part(target.skipped, piece), 0)
         if whole:
-            return part.to(input.dtype)
+            return made.to(input.dtype)
         if kept is None:
-            result[piece] = part
+            result[piece] = made
     return result.to(input.dtype)
 
 
@@ -345,7 +344,7 @@ def _times_log(log_slope: Tensor, factor: Tensor | float) -> tuple[Tensor, Tenso
 
 def _of(x: Any, piece: slice) -> Any:
     """The rows `piece` of one number for each row, or the one number for all."""
-    return x[piece] if isinstance(x, Tensor) and x.ndim else x
+    return part(x, piece) if isinstance(x, Tensor) and x.ndim else x
 
 
 # The same for a compiler.
@@ -396,8 +395,8 @@ class _Traced(Function):
         # The label's part by comparison: a scatter would be a pass over the memory of its own.
         classes = torch.arange(input.shape[1], device=input.device)
         is_label = classes.view(-1, *[1] * (input.ndim - 2)) == index
-        part = torch.exp(input.to(dt.dtype) + exponents) * (scale * grad)
+        made = torch.exp(input.to(dt.dtype) + exponents) * (scale * grad)
         if skipped is not None:
-            part = part.masked_fill(skipped, 0)
-        gradient = part + (dt * grad).where(is_label, 0)
+            made = made.masked_fill(skipped, 0)
+        gradient = made + (dt * grad).where(is_label, 0)
         return gradient.to(input.dtype), *[None] * 6
