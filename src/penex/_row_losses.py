@@ -31,7 +31,7 @@ from torch import Tensor
 
 from penex._inputs import Batch, Reduction
 from penex._log_mean import LARGEST_EXPONENT, excess, log_mean, row_dtype, share
-from penex._passes import constant
+from penex._passes import constant, powers
 from penex._penalty import LogSums, PenaltyRule, Resolved, gather_over_ranks
 
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -342,7 +342,7 @@ class Penex(RowLoss):
         denominator: float | None,
         reduction: Reduction,
     ) -> Outcome | None:
-        a = (t * constant(-self.alpha, t.dtype)).exp_()
+        a = powers(t, None, -self.alpha)
         if weights is not None:
             a.mul_(weights)
             partition.mul_(weights)
@@ -354,7 +354,7 @@ class Penex(RowLoss):
             return None
         rho = self.penalty.value(sum_a, sum_z)
         divisor = self.scale * (denominator if reduction == "mean" else 1.0)
-        value = torch.scalar_tensor((sum_a + rho * sum_z) / divisor, dtype=t.dtype, device=t.device)
+        value = torch.scalar_tensor((sum_a + rho * sum_z) / divisor, dtype=t.dtype, device="cpu")
         dz = rho / divisor
         return Outcome(
             value,
@@ -461,7 +461,7 @@ class LogPenex(RowLoss):
         if not 1 / SAFE_FACTOR < least.item() <= most.item() < SAFE_FACTOR:
             return None
         z, t64 = partition.double(), t.double()
-        a = (t64 * constant(-self.alpha, t64.dtype)).exp_()
+        a = powers(t64, None, -self.alpha)
         dz = z.pow(self.beta - 1)  # a row's part of sum_i w_i Z_i^beta, over Z_i
         if weights is not None:
             a.mul_(weights)
@@ -475,7 +475,7 @@ class LogPenex(RowLoss):
         scale = total
         if reduction == "mean":
             scale = 1.0 if denominator is None else total / denominator
-        value = torch.scalar_tensor((label + mean) * scale, dtype=t.dtype, device=t.device)
+        value = torch.scalar_tensor((label + mean) * scale, dtype=t.dtype, device="cpu")
         return Outcome(value, a.mul_(-scale / sum_a), dz.mul_(scale / sum_z))
 
     def relative_slopes(self, rows: Rows) -> Tensor:

@@ -170,27 +170,27 @@ class _ByRows(Function):
         else:
             target = Labels(input, arguments)
             found = _evaluate_labels(input, target, arguments, loss, keep)
+        ctx.arguments, ctx.loss, ctx.target, ctx.found = arguments, loss, target, found
         # The target and the class weights, so that changes before the backward are noticed.
         ctx.save_for_backward(input, arguments.target, arguments.weight if arguments.soft else None)
-        ctx.outcome, ctx.make, ctx.kept = found
-        ctx.arguments, ctx.loss, ctx.target = arguments, loss, target
-        return found.outcome.value.to(computed_in(input))
+        value, dtype = found.outcome.value, computed_in(input)
+        return value if value.dtype == dtype else value.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, *_ = ctx.saved_tensors
-        outcome: Outcome = ctx.outcome
+        found: _Evaluation = ctx.found
         factor: Tensor | float = grad.unsqueeze(1) if grad.ndim else grad
         dense, exact = torch._C._dispatch_keys(grad).has(_DENSE), True
         if dense and grad.ndim == 0 and can_inspect(input):
             factor = grad.item()
             # So large a factor would bring up what underflow has taken from the exponentials.
-            exact = ctx.make is not powers or 1e-15 < abs(factor) < 1e15
+            exact = found.make is not powers or 1e-15 < abs(factor) < 1e15
         if torch.is_grad_enabled() or not dense or not exact:
-            made = _differentiable(input, grad, ctx.arguments, ctx.loss, outcome.coupling)
-            return made, None, None
-        kept, ctx.kept = ctx.kept, None
-        found = _Evaluation(outcome, ctx.make, kept)
+            coupling = found.outcome.coupling
+            return _differentiable(input, grad, ctx.arguments, ctx.loss, coupling), None, None
+        if found.kept is not None:  # it becomes the gradient, once
+            ctx.found = _Evaluation(found.outcome, found.make, None)
         return _gradient(input, found, ctx.target, factor), None, None
 
 
@@ -199,7 +199,7 @@ def _evaluate_labels(
 ) -> _Evaluation:
     t, inspect = target.select(input), can_inspect(input)
     if inspect and loss.can_use_partition(arguments.reduction):
-        kept, (partition,) = in_pieces(powers, input, keep, lambda made, _: made.sum(1, True))
+        kept, (partition,) = in_pieces(powers, input, keep, _sum)
         outcome = _from_partition(t, partition, target, arguments, loss)
         if outcome is not None:
             return _Evaluation(outcome, powers, kept)
@@ -245,7 +245,7 @@ def _evaluate_soft(
         t = target.logit(input)
         if t is None:
             raise _InexactError
-        kept, (partition,) = in_pieces(powers, input, keep, lambda made, _: made.sum(1, True))
+        kept, (partition,) = in_pieces(powers, input, keep, _sum)
         outcome = _from_partition(t, partition, target, arguments, loss)
         if outcome is None:
             raise _InexactError
@@ -260,6 +260,10 @@ def _evaluate_soft(
         s = s.masked_fill(target.skipped, 0)
     outcome = loss.on_rows(_rows(s + log_p, s, log_p, target, arguments, input.shape[1]))
     return _Evaluation(outcome, log_softmax, kept)
+
+
+def _sum(made: Tensor, piece: slice) -> Tensor:
+    return made.sum(1, True)
 
 
 def _from_partition(
@@ -304,8 +308,8 @@ def _gradient(
     else:
         scale = _times(outcome.ds, factor, dtype)
     # In pieces where something would be made that is not kept, on the CPU.
-    whole = (kept is not None and isinstance(target, Labels)) or not can_inspect(input)
-    whole = whole or input.nbytes <= _passes.PIECE
+    whole = input.nbytes <= _passes.PIECE or (kept is not None and isinstance(target, Labels))
+    whole = whole or not can_inspect(input)
     result = torch.empty_like(input) if kept is None else kept
     for piece in [WHOLE] if whole else pieces(input):
         x = part(input, piece)
@@ -321,16 +325,16 @@ def _gradient(
         if target.skipped is not None:
             made.masked_fill_(part(target.skipped, piece), 0)
         if whole:
-            return made.to(input.dtype)
+            return made if made.dtype == input.dtype else made.to(input.dtype)
         if kept is None:
             result[piece] = made
     return result.to(input.dtype)
 
 
 def _times(slope: Tensor | float, factor: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-    if not (isinstance(factor, float) and factor == 1):
+    if isinstance(factor, Tensor) or factor != 1:
         slope = slope * factor
-    return slope.to(dtype) if isinstance(slope, Tensor) else slope
+    return slope.to(dtype) if isinstance(slope, Tensor) and slope.dtype != dtype else slope
 
 
 def _times_log(log_slope: Tensor, factor: Tensor | float) -> tuple[Tensor, Tensor | float | None]:
