@@ -125,7 +125,7 @@ def rows_of(batch: Batch, arguments: LossArguments, loss: RowLoss) -> Rows:
 def log_partition(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit of each row, and log sum_j e^f from there, in :func:`row_dtype`."""
     largest = logits.detach().amax(1, keepdim=True)
-    largest = largest.where(largest > -math.inf, 0)
+    largest = largest.masked_fill(largest == -math.inf, 0)
     log_sum = (logits - largest).exp().sum(1, keepdim=True).to(row_dtype(logits)).log()
     return largest.to(log_sum.dtype), log_sum
 
@@ -210,7 +210,7 @@ def _evaluate_labels(
     else:
         make, kept = log_softmax, torch.log_softmax(input, 1, dtype=t.dtype)
         t, log_p = t.to(row_dtype(t)), kept.gather(1, target.index).to(row_dtype(t))
-        s = (t - log_p).where(t > -math.inf, 0)
+        s = (t - log_p).masked_fill(t == -math.inf, 0)
     if target.skipped is not None:
         t, s, log_p = (x.masked_fill(target.skipped, 0) for x in (t, s, log_p))
     outcome = loss.on_rows(_rows(t, s, log_p, target, arguments, input.shape[1]))

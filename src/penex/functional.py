@@ -533,7 +533,7 @@ def _reduced(rows: Tensor, batch: Batch, reduction: str) -> Tensor:
         return rows
     if reduction == "sum":
         return rows.sum()
-    return rows.sum() / batch.denominator.where(batch.denominator != 0, 1)
+    return rows.sum() / row_losses.nonzero(batch.denominator)
 
 
 def like_input(value: Tensor, input: Tensor, reduction: str) -> Tensor:
