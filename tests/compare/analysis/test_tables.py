@@ -1,4 +1,4 @@
-"""The tables show the numbers of the results, whole, in every form they are written in."""
+"""The tables show the numbers of the results, untruncated, in every format."""
 
 import copy
 import io
@@ -276,7 +276,7 @@ def test_lines_below_the_tables(results: dict[str, Any]) -> None:
 def test_legend(results: dict[str, Any], fixed: bool, words: str) -> None:
     changed = results | {"primary": results["primary"] | {"fixed_test": fixed}}
     assert f"interval {words}, and below it" in tables.legend(changed)
-    rows = "the same for all seeds" if fixed else "drawn anew for each seed"
+    rows = "the same for all seeds" if fixed else "drawn separately for each seed"
     assert f"120 test rows ({rows})" in tables.caption(changed)
 
 

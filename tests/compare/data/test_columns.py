@@ -1,11 +1,11 @@
-"""What is said about the columns of a table before anything is trained."""
+"""The description of a table's columns, and warnings about them, before training."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from penex.compare.data.columns import (
-    TELLING,
+    LEAK_ACCURACY,
     describe_columns,
     is_identifier,
     single_accuracy,
@@ -83,7 +83,7 @@ def test_identifiers(column: object, expected: bool) -> None:
 )
 def test_what_gives_the_class_away(column: object, telling: bool) -> None:
     series = pd.Series(column)
-    assert (single_accuracy(series, TARGET) >= TELLING) is telling
+    assert (single_accuracy(series, TARGET) >= LEAK_ACCURACY) is telling
 
 
 def test_a_frequent_class_gives_nothing_away() -> None:
