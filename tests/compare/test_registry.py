@@ -1,4 +1,4 @@
-"""Every entry builds the loss it names, in its range, with the scale of its gradient."""
+"""Every entry of the registry: its criterion, the range of its knob and its gradient scale."""
 
 import math
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def test_the_criterion_is_the_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KNOBS)
-def test_the_range_holds_the_default_and_can_be_asked_for(name: str) -> None:
+def test_the_range_contains_the_default_and_its_values_are_accepted(name: str) -> None:
     loss = LOSSES[name]
     assert loss.knob is not None
     assert loss.knob.low < loss.knob.default < loss.knob.high <= loss.knob.most
@@ -132,7 +132,7 @@ def test_divided_by_its_scale_the_gradient_at_zero_is_that_of_cross_entropy(
                 criterion.after_step()
 
 
-def test_only_the_hard_constraint_touches_the_logits() -> None:
+def test_only_the_hard_constraint_changes_the_logits() -> None:
     assert [name for name, loss in LOSSES.items() if loss.constrain] == ["conex-hard"]
     constrain = LOSSES["conex-hard"].constrain
     assert constrain is not None
@@ -166,5 +166,5 @@ def test_labels(spec: str, label: str) -> None:
     assert contender(spec).label == label
 
 
-def test_no_knob_has_no_value() -> None:
+def test_without_a_knob_the_value_is_nan() -> None:
     assert math.isnan(contender(REFERENCE).untuned)

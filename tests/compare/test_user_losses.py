@@ -1,4 +1,4 @@
-"""Losses of one's own: what is accepted, what is refused, and where their code may run."""
+"""User-defined losses: what is accepted, what is refused, and where their code may run."""
 
 import json
 import math
@@ -60,7 +60,7 @@ HINGE = Loss(
 )
 
 
-def test_every_form_of_a_loss_is_trained_and_kept(tmp_path: Path) -> None:
+def test_every_form_of_a_loss_is_trained_and_saved(tmp_path: Path) -> None:
     """In worker processes too, which have not imported this module under its name."""
     losses = ["cross-entropy", Brier, absolute, Doubled(), HINGE]
     made = compare_losses(X, Y, losses=losses, **SMALL | {"jobs": 2}, tune=1)
@@ -84,7 +84,7 @@ def test_every_form_of_a_loss_is_trained_and_kept(tmp_path: Path) -> None:
     assert again.table["nll"].tolist() == same.table["nll"].tolist()
 
 
-def test_a_common_scale_makes_the_factor_of_a_loss_mean_nothing() -> None:
+def test_with_a_common_gradient_scale_a_factor_changes_nothing() -> None:
     name = register(Brier)
     losses = [f"{name}(factor={factor})" for factor in (1, 8)]
     made = compare_losses(X, Y, losses=["cross-entropy", *losses], **SMALL, optimizer="sgd")
@@ -94,7 +94,7 @@ def test_a_common_scale_makes_the_factor_of_a_loss_mean_nothing() -> None:
 
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.gradient_scale])
 @pytest.mark.parametrize("classes", [2, 7])
-def test_the_measured_scale_is_the_one_that_is_registered(name: str, classes: int) -> None:
+def test_the_measured_scale_equals_the_registered_one(name: str, classes: int) -> None:
     loss = LOSSES[name]
     context = Context(classes, steps_total=6, steps_per_epoch=2)
     criterion = loss.build(contender(name).untuned, context)
@@ -135,7 +135,7 @@ def test_a_loss_that_cannot_be_trained_is_refused(loss: Any, message: str) -> No
     ("loss", "consistent"),
     [(Brier, True), (Doubled, True), (penex.PENEX, True), (absolute, False)],
 )
-def test_fisher_error_tells_a_right_link_from_a_wrong_one(loss: Any, consistent: bool) -> None:
+def test_fisher_error_distinguishes_correct_from_wrong_links(loss: Any, consistent: bool) -> None:
     assert (fisher_error(loss) < 1e-3) == consistent
 
 
@@ -268,7 +268,7 @@ def test_a_received_folder_runs_no_code_unless_it_is_trusted(
     assert json.loads((saved / "model.json").read_text())["loss"] == "own_loss_b:mine"
 
 
-def test_entries_with_a_name_of_their_own() -> None:
+def test_entries_take_the_given_name() -> None:
     loss = user_loss("hinge", HINGE)
     check(loss)
     assert loss.name == "hinge"
