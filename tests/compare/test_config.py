@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from penex.compare.config import Config, configure
 from penex.compare.errors import CompareError, named
-from penex.compare.registry import DEFAULT_LOSSES, contender
+from penex.compare.registry import DEFAULT_LOSSES, parse_loss
 
 
 def test_demonstration_trains_on_few_rows() -> None:
@@ -181,7 +181,7 @@ def test_one_loss_with_several_values() -> None:
 def test_values_that_differ_in_the_last_digit_are_different_losses() -> None:
     losses = ("penex=0.1234567", f"penex={np.nextafter(0.1234567, 1)}", "penex=0.123457")
     assert configure(losses=losses).losses == losses
-    labels = [contender(spec).label for spec in losses]
+    labels = [parse_loss(spec).label for spec in losses]
     assert labels[0] == "PENEX α=0.1234567"
     assert len(set(labels)) == 3
 

@@ -14,10 +14,10 @@ from penex.compare.registry import (
     DEFAULT_LOSSES,
     LOSSES,
     REFERENCE,
-    Contender,
+    Candidate,
     Context,
     Loss,
-    contender,
+    parse_loss,
 )
 from penex.paper import ablations
 
@@ -93,20 +93,20 @@ def test_the_range_contains_the_default_and_its_values_are_accepted(name: str) -
     assert loss.knob.low < loss.knob.default < loss.knob.high <= loss.knob.most
     assert not loss.knob.log or loss.knob.low > 0
     for value in values(loss):
-        who = contender(f"{name}={value!r}")
-        assert who == Contender(f"{name}={value!r}", loss, value)
-        assert who.untuned == value
-    assert contender(name).untuned == loss.knob.default
+        candidate = parse_loss(f"{name}={value!r}")
+        assert candidate == Candidate(f"{name}={value!r}", loss, value)
+        assert candidate.untuned == value
+    assert parse_loss(name).untuned == loss.knob.default
 
 
 def test_label_smoothing_ends_below_one() -> None:
     """At 1, no logits would stand for any class probabilities."""
-    loss = contender("label-smoothing=0.99").loss
+    loss = parse_loss("label-smoothing=0.99").loss
     assert loss.knob is not None
     assert loss.build(loss.knob.most, CONTEXT)(LOGITS, TARGET).isfinite()
     assert loss.link(loss.knob.most, 7)(LOGITS).isfinite().all()
     with pytest.raises(CompareError, match="got 'label-smoothing=1'"):
-        contender("label-smoothing=1")
+        parse_loss("label-smoothing=1")
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
@@ -163,8 +163,8 @@ def test_a_schedule_ends_at_the_knob_with_the_run() -> None:
     ],
 )
 def test_labels(spec: str, label: str) -> None:
-    assert contender(spec).label == label
+    assert parse_loss(spec).label == label
 
 
 def test_without_a_knob_the_value_is_nan() -> None:
-    assert math.isnan(contender(REFERENCE).untuned)
+    assert math.isnan(parse_loss(REFERENCE).untuned)

@@ -16,7 +16,7 @@ import penex
 from penex._cli_options import words
 from penex.compare.config import configure
 from penex.compare.errors import CompareError
-from penex.compare.registry import LOSSES, Context, Knob, Loss, contender
+from penex.compare.registry import LOSSES, Context, Knob, Loss, parse_loss
 from penex.compare.result import compare_losses, load
 from penex.compare.user_losses import check, fisher_error, measured_scale, user_loss
 from penex.compare.user_objects import register
@@ -97,7 +97,7 @@ def test_with_a_common_gradient_scale_a_factor_changes_nothing() -> None:
 def test_the_measured_scale_equals_the_registered_one(name: str, classes: int) -> None:
     loss = LOSSES[name]
     context = Context(classes, steps_total=6, steps_per_epoch=2)
-    criterion = loss.build(contender(name).untuned, context)
+    criterion = loss.build(parse_loss(name).untuned, context)
     assert loss.gradient_scale is not None
     expected = loss.gradient_scale(criterion, classes)
     assert measured_scale(criterion, classes) == pytest.approx(expected, rel=1e-4)
@@ -179,10 +179,10 @@ def test_fisher_error_distinguishes_correct_from_wrong_links(loss: Any, consiste
 def test_options_of_a_loss(
     spec: str, name: str, label: str, untuned: float, expected: dict[str, Any]
 ) -> None:
-    who = contender(spec)
-    assert (who.spec, who.label) == (name, label)
-    assert who.untuned == pytest.approx(untuned)
-    criterion = who.loss.build(who.untuned, CONTEXT)
+    candidate = parse_loss(spec)
+    assert (candidate.spec, candidate.label) == (name, label)
+    assert candidate.untuned == pytest.approx(untuned)
+    criterion = candidate.loss.build(candidate.untuned, CONTEXT)
     assert {option: getattr(criterion, option) for option in expected} == pytest.approx(expected)
     assert configure(losses=[spec]).losses == (name,)
 
@@ -205,7 +205,7 @@ def test_options_of_a_loss(
 )
 def test_options_that_are_refused(spec: str, message: str) -> None:
     with pytest.raises(CompareError, match=f"^losses: .*{message}"):
-        contender(spec)
+        parse_loss(spec)
 
 
 def test_the_ranged_option_is_tuned() -> None:
@@ -244,7 +244,7 @@ def test_a_module_is_imported_where_the_user_names_it(module: Callable[[str], Pa
     mark = module("own_loss_a")
     config = configure(data="iris", losses=["cross-entropy", "own_loss_a:mine(factor=2)"])
     assert mark.exists()
-    assert contender(config.losses[1]).label == "mine (factor=2)"
+    assert parse_loss(config.losses[1]).label == "mine (factor=2)"
     with pytest.raises(CompareError, match="cannot import no_such_module"):
         configure(losses=["no_such_module:mine"])
     with pytest.raises(CompareError, match="own_loss_a has no attribute other"):

@@ -310,7 +310,7 @@ DEFAULT_LOSSES = (REFERENCE, "label-smoothing", "confidence-penalty", "focal", "
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A loss as specified by the user, with the values that are held fixed.
 
     Attributes:
@@ -351,7 +351,7 @@ def exact(value: float) -> str:
 _SPEC = re.compile(r"\s*([\w.:-]+)\s*(?:=\s*([^()\s]*)|\(([^()/]*)\))?\s*")
 
 
-def contender(spec: str) -> Contender:
+def parse_loss(spec: str) -> Candidate:
     """Parse ``name``, ``name=value``, or ``name(option=value, ...)``.
 
     An option is a keyword argument of the criterion; its value is a number, true, false, none or a
@@ -371,10 +371,10 @@ def contender(spec: str) -> Contender:
     if options is not None:
         return _with_options(loss, options)
     if value is None:
-        return Contender(name, loss, None)
+        return Candidate(name, loss, None)
     if loss.knob is None:
         raise CompareError(f"losses: {name} has no hyperparameter to set, got {spec!r}")
-    return Contender(spec.strip(), loss, _locked(loss, value, spec))
+    return Candidate(spec.strip(), loss, _locked(loss, value, spec))
 
 
 def _entry(name: str) -> Loss:
@@ -409,7 +409,7 @@ def _locked(loss: Loss, text: str, spec: str) -> float:
     return value
 
 
-def _with_options(loss: Loss, text: str) -> Contender:
+def _with_options(loss: Loss, text: str) -> Candidate:
     """Parse the options of a loss's criterion."""
     if not isinstance(loss.build, Make):
         raise CompareError(f"losses: {loss.name} has no options, got {text!r}")
@@ -446,7 +446,7 @@ def _with_options(loss: Loss, text: str) -> Contender:
         knob=knob,
         build=replace(loss.build, keyword=keyword, fixed={**loss.build.fixed, **held}),
     )
-    chosen = Contender(spec, made, value, ", ".join(shown))
+    chosen = Candidate(spec, made, value, ", ".join(shown))
     try:
         made.build(chosen.untuned, Context(num_classes=3, steps_total=1, steps_per_epoch=1))
     except (TypeError, ValueError) as error:

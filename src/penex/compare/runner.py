@@ -28,7 +28,7 @@ from penex.compare.output_folder import (
     write_json,
 )
 from penex.compare.parallel import Workers, workers
-from penex.compare.registry import contender
+from penex.compare.registry import parse_loss
 from penex.compare.training.distributed import default_process_group, is_rank_zero, on_rank_zero
 from penex.compare.training.duration import STEP_SECONDS, forecast, recorded, seconds_per_epoch
 
@@ -120,7 +120,7 @@ def _pairs(config: Config) -> list[tuple[int, str]]:
 
 
 def _untuned(config: Config, spec: str) -> dict[str, float]:
-    return {"lr": config.lr_for(spec), "knob": contender(spec).untuned}
+    return {"lr": config.lr_for(spec), "knob": parse_loss(spec).untuned}
 
 
 def _acquire(stack: contextlib.ExitStack, config: Config, folder: Path, dataset: Dataset) -> None:
@@ -161,7 +161,7 @@ def _print_forecast(
             return
         side = max(side for _, side in stages)
         first = config.losses[0]
-        sample = [(first, contender(first).untuned)] * min(side, MEASURED)
+        sample = [(first, parse_loss(first).untuned)] * min(side, MEASURED)
         seconds = mean(pool.each(_measure, sample))
     line = forecast(stages, config.epochs, seconds_per_epoch(seconds, rows))
     if line is not None:
@@ -208,7 +208,7 @@ def _tuned(
 
 
 def _tuned_line(spec: str, best: dict[str, float]) -> str:
-    candidate = contender(spec)
+    candidate = parse_loss(spec)
     knob = candidate.loss.knob
     tuned_knob = f", {knob.name} {best['knob']:.3g}" if knob else ""
     return f"{candidate.label}: tuned to learning rate {best['lr']:.3g}{tuned_knob}"
@@ -239,7 +239,7 @@ def _train(task: Task, folder: Path, config: Config, dataset: Dataset, execution
         nll = scores["refined_nll" if scaled else "nll"]
         how = " after temperature scaling" if scaled else ""
         result = f"validation NLL {nll:.4f}{how} at epoch {epoch}"
-    return f"{contender(task.spec).label}, seed {task.seed}: {result}"
+    return f"{parse_loss(task.spec).label}, seed {task.seed}: {result}"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from penex.compare.analysis import plots
 from penex.compare.analysis.plots import Floats
 from penex.compare.config import Config
 from penex.compare.output_folder import run_folder, unfinished_curves
-from penex.compare.registry import contender
+from penex.compare.registry import parse_loss
 from penex.paper import figures
 from penex.paper.presets import PublishedCurves
 
@@ -88,7 +88,7 @@ def draw(curves: list[Curve]) -> Figure:
     axes = figure.subplots()
     looks = plots.line_styles(curve.spec for curve in curves)
     for curve in curves:
-        colour, label = looks[curve.spec].colour, contender(curve.spec).label
+        colour, label = looks[curve.spec].colour, parse_loss(curve.spec).label
         for values, line, name in ((curve.ours, "-", label), (curve.published, ":", None)):
             epochs = np.arange(len(values)) + 1
             axes.plot(epochs, values, line, color=colour, label=name, linewidth=1.4)

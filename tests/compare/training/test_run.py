@@ -36,7 +36,7 @@ from penex.compare.errors import CompareError
 from penex.compare.models.choose import resolve
 from penex.compare.models.files import read_network
 from penex.compare.output_folder import CHECKPOINT, checkpoint_file, read_json, read_logits
-from penex.compare.registry import LOSSES, Context, Loss, contender
+from penex.compare.registry import LOSSES, Context, Loss, parse_loss
 from penex.compare.training import run as training
 
 ALONE = Execution()
@@ -57,7 +57,7 @@ def run(
 ) -> Path:
     """`folder`, with a run of seed 0 in it."""
     config = configured(**options)
-    task = Task(folder, spec, 0, config.lr, contender(spec).untuned)
+    task = Task(folder, spec, 0, config.lr, parse_loss(spec).untuned)
     training.run(task, config, dataset, execution)
     return folder
 
@@ -189,8 +189,8 @@ def test_the_loss_of_the_run_is_what_is_minimised(tmp_path: Path, spec: str, sca
     options: dict[str, Any] = {"hidden": (7,), "optimizer": "sgd", "lr": 0.1}
     options |= {"epochs": 2, "gradient_scale": scale}
     folder = run(tmp_path / "run", numbers(), spec, **options)
-    loss = contender(spec).loss
-    criterion = loss.build(contender(spec).untuned, Context(3, 16, 4))
+    loss = parse_loss(spec).loss
+    criterion = loss.build(parse_loss(spec).untuned, Context(3, 16, 4))
     by = loss.gradient_scale(criterion, 3) if scale == "common" else 1.0
     expected = by_hand(configured(**options), numbers(), Divided(criterion, by))
     for name, weight in weights(folder).items():

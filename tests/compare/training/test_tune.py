@@ -25,7 +25,7 @@ from penex.compare.output_folder import (
     run_folder,
     trial_folder,
 )
-from penex.compare.registry import contender
+from penex.compare.registry import parse_loss
 from penex.compare.training.tune import LR_SPAN, Study, open_studies, tune
 
 Make = Callable[..., Path]
@@ -65,19 +65,19 @@ def rescore(folder: Path, trial: int, value: float | None) -> None:
 
 @pytest.mark.parametrize("spec", LOSSES)
 def test_every_loss_gets_the_same_budget_in_its_range(tuned: Path, spec: str) -> None:
-    who, records = contender(spec), trials(tuned, spec)
+    candidate, records = parse_loss(spec), trials(tuned, spec)
     assert len(records) == 4
     assert {record["seed"] for record in records} == {0}
     # The first trial is what would run without tuning.
     assert records[0]["lr"] == 1e-3
-    assert records[0]["knob"] == (None if math.isnan(who.untuned) else who.untuned)
+    assert records[0]["knob"] == (None if math.isnan(candidate.untuned) else candidate.untuned)
     rates, values = ([record[name] for record in records] for name in ("lr", "knob"))
     assert all(1e-3 / LR_SPAN <= rate <= 1e-3 * LR_SPAN for rate in rates)
     assert len(set(rates)) == 4
     if spec == "penex=0.3":
         assert values == [0.3] * 4
-    elif who.loss.knob is not None:
-        assert all(who.loss.knob.low <= value <= who.loss.knob.high for value in values)
+    elif candidate.loss.knob is not None:
+        assert all(candidate.loss.knob.low <= value <= candidate.loss.knob.high for value in values)
         assert len(set(values)) == 4
 
 

@@ -25,7 +25,7 @@ from penex.compare.analysis.statistics import (
 from penex.compare.config import Config, check_metric
 from penex.compare.errors import CompareError
 from penex.compare.output_folder import read_comparison, read_json, read_logits, run_folder
-from penex.compare.registry import REFERENCE, contender
+from penex.compare.registry import REFERENCE, parse_loss
 from penex.compare.training.selection import SELECTIONS
 from penex.metrics import (
     METRICS,
@@ -99,7 +99,7 @@ def predictions(
     if not all(np.isfinite(part).all() for part in logits):
         return None
     knob = math.nan if record["knob"] is None else record["knob"]
-    link = contender(record["loss"]).loss.link(knob, logits[0].shape[1])
+    link = parse_loss(record["loss"]).loss.link(knob, logits[0].shape[1])
     validation, test = (link(torch.from_numpy(part)).numpy() for part in logits)
     temperature = fit_temperature(validation, saved["validation_target"])
     softmax = torch.from_numpy(logits[1]).log_softmax(1).numpy()
@@ -420,7 +420,7 @@ def _seconds(folder: Path) -> dict[str, float]:
 
 
 def _loss(spec: str, runs: Sequence[_Run]) -> dict[str, Any]:
-    candidate = contender(spec)
+    candidate = parse_loss(spec)
     knob = candidate.loss.knob
     own = [run.record for run in runs if run.record["loss"] == spec]
     return {
@@ -471,7 +471,7 @@ def _published(folder: Path, config: Config, runs: Sequence[_Run]) -> list[dict[
         values = [result[name] for result in results if result and result[name] is not None]
         ours = {"mean": float(np.mean(values)) if values else None, "n": len(values)}
         found.append(
-            {"loss": spec, "label": contender(spec).label, "metric": metric, "at": at}
+            {"loss": spec, "label": parse_loss(spec).label, "metric": metric, "at": at}
             | published
             | {"ours": ours}
         )

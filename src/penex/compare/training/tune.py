@@ -37,7 +37,7 @@ from penex.compare.config import Config, Execution, Task
 from penex.compare.data.load import Dataset
 from penex.compare.errors import CompareError
 from penex.compare.output_folder import read_json, trial_folder
-from penex.compare.registry import contender
+from penex.compare.registry import parse_loss
 from penex.compare.training.distributed import on_rank_zero
 
 LR_SPAN = 30.0
@@ -195,7 +195,7 @@ class Study:
         return bool(time.time() - last > MISSED * self.beat)
 
     def _untuned(self) -> dict[str, float]:
-        return {"lr": self.config.lr_for(self.spec), "knob": contender(self.spec).untuned}
+        return {"lr": self.config.lr_for(self.spec), "knob": parse_loss(self.spec).untuned}
 
     def _in(self, state: TrialState) -> list[FrozenTrial]:
         trials = self.storage.get_all_trials(self.id, deepcopy=False, states=(state,))
@@ -260,7 +260,7 @@ def tune(
 
 
 def _space(spec: str, config: Config) -> dict[str, FloatDistribution]:
-    candidate, lr = contender(spec), config.lr_for(spec)
+    candidate, lr = parse_loss(spec), config.lr_for(spec)
     space = {}
     if config.tune_lr:
         space["lr"] = FloatDistribution(lr / LR_SPAN, lr * LR_SPAN, log=True)
