@@ -474,7 +474,7 @@ def _list(console: Console) -> None:
 def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, Any]]") -> None:
     from penex.compare.analysis import tables
     from penex.compare.output_folder import read_json
-    from penex.compare.registry import contender
+    from penex.compare.registry import parse_loss
     from penex.paper.reproduce import FILE
 
     for experiment, each in results.items():
@@ -494,7 +494,7 @@ def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, An
         for each in curves["distances"]:
             if each["rms"] is not None:
                 console.print(
-                    f"{contender(each['loss']).label}: validation NLL is {each['rms']:.3f} from "
+                    f"{parse_loss(each['loss']).label}: validation NLL is {each['rms']:.3f} from "
                     f"the published curve (root mean square of epochs {each['first']} to "
                     f"{each['last']}; {curves['source']})"
                 )

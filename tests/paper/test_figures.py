@@ -1,4 +1,4 @@
-"""Every figure is drawn from saved files, and shows what these hold."""
+"""Every figure is drawn from saved files and shows their content."""
 
 import math
 import re
@@ -139,7 +139,7 @@ def test_names() -> None:
         ("robustness", "no comparison was attacked; run penex attack first"),
     ],
 )
-def test_what_is_missing_is_said(finished: Path, name: str, missing: str) -> None:
+def test_missing_data_is_reported(finished: Path, name: str, missing: str) -> None:
     with pytest.raises(NothingToShowError, match=missing):
         drawn(name, finished)
 
@@ -383,7 +383,7 @@ def test_the_users_matplotlib_settings_are_neither_used_nor_changed(
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_data_that_are_gone_cost_only_their_figures(
+def test_missing_data_removes_only_the_figures_that_need_it(
     make: Make, plane: Path, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)

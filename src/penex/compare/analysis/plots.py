@@ -24,7 +24,7 @@ from penex.compare.analysis.summary import curves, predictions, summarize
 from penex.compare.config import Config
 from penex.compare.errors import CompareError
 from penex.compare.output_folder import read_logits, run_folder
-from penex.compare.registry import LOSSES, REFERENCE, contender
+from penex.compare.registry import LOSSES, REFERENCE, parse_loss
 from penex.compare.training.selection import LAST, SELECTIONS
 from penex.metrics import Reliability, margins, reliability
 
@@ -143,7 +143,7 @@ def line_styles(specs: Iterable[str]) -> dict[str, LineStyle]:
     seen: set[str] = set()
     more = 0
     for spec in specs:
-        name = contender(spec).loss.name
+        name = parse_loss(spec).loss.name
         position = list(LOSSES).index(name) if name in LOSSES else len(COLOURS)
         if name not in seen and position < len(COLOURS):
             found[spec] = LineStyle(COLOURS[position], DASHES[0])

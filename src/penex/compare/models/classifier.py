@@ -20,7 +20,7 @@ from penex.compare.errors import CompareError
 from penex.compare.models.choose import Architecture
 from penex.compare.models.files import WEIGHTS, Model, read_model, read_network, write_model
 from penex.compare.models.networks import Normalise, Vocabulary
-from penex.compare.registry import contender
+from penex.compare.registry import parse_loss
 from penex.compare.training.determinism import deterministic
 from penex.compare.user_objects import OBJECT_NAME, known
 
@@ -51,7 +51,7 @@ class Classifier:
 
     def __init__(self, model: Model, weights: Path) -> None:
         self.description, self._weights = model, weights
-        who = contender(model.loss)
+        who = parse_loss(model.loss)
         if OBJECT_NAME.fullmatch(model.network):
             known(model.network, "model")
         if model.kind == "text" and model.network.startswith("transformers:"):
