@@ -191,6 +191,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for the page of several comparisons.")] = Path(
         "penex-report"
     ),
+    trust: Trust = False,
     **options: Any,
 ) -> None:
     """Rebuild tables and report.html from the saved files of a comparison, finished or not.
@@ -200,6 +201,7 @@ def report(
     """
     console = _console()
     with _refusals(console):
+        _import_named(folders, trust)
         if len(folders) == 1:
             _report(console, folders[0], **options)
         else:
@@ -227,6 +229,7 @@ def figures(
             show_default=False,
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Draw figures of comparisons, several in one figure, from their saved files."""
     console = _console()
@@ -236,6 +239,7 @@ def figures(
 
         into = out or (folders[0] if len(folders) == 1 else Path("penex-report")) / "figures"
         names = drawing.names(only or [])
+        _import_named(folders, trust)
         comparisons = [read(folder) for folder in folders]
         for name in names:
             path = into / f"{name}.{format}"
@@ -261,6 +265,7 @@ def attack(
     rows: Annotated[
         int, typer.Option(help="Test rows to attack, the same for every loss.", min=1)
     ] = 1000,
+    trust: Trust = False,
 ) -> None:
     """Attack the networks of a comparison: accuracy on test rows that an adversary changes.
 
@@ -272,6 +277,7 @@ def attack(
     with _refusals(console):
         from penex.paper import attacks
 
+        _import_named([folder], trust)
         radii = {"linf": attacks.radii(linf), "l2": attacks.radii(l2)}
         attacks.attack(folder, radii=radii, rows=rows, say=console.print)
         _report(console, folder)
@@ -304,6 +310,7 @@ def predict(
     console = _console()
     with _refusals(console):
         from penex.compare.data.new_rows import read_rows
+        from penex.compare.files import write_text
 
         classifier = _classifier(folder, loss, refit=refit, trust=trust)
         names, features = read_rows(rows, classifier.description)
@@ -312,7 +319,7 @@ def predict(
             typer.echo(content, nl=False)
         else:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(content, encoding="utf-8")
+            write_text(out, content)
             console.print(f"{len(names)} rows by {classifier!r}: {out}", soft_wrap=True)
 
 
@@ -343,6 +350,15 @@ def export(
         else:
             classifier.save(target)
             console.print(f"{target}: {classifier!r}", soft_wrap=True)
+
+
+def _import_named(folders: list[Path], trust: bool) -> None:
+    """Import what folders name, if the user trusts them."""
+    if trust:
+        from penex.compare.result import import_named
+
+        for folder in folders:
+            import_named(folder)
 
 
 def _classifier(folder: Path, loss: str | None, *, refit: bool, trust: bool) -> "Classifier":
@@ -473,7 +489,7 @@ def _list(console: Console) -> None:
 
 def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, Any]]") -> None:
     from penex.compare.analysis import tables
-    from penex.compare.output_folder import read_json
+    from penex.compare.files import read_json
     from penex.compare.registry import contender
     from penex.paper.reproduce import FILE
 

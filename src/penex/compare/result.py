@@ -27,14 +27,13 @@ from penex.compare.data.new_rows import channels_first
 from penex.compare.data.tables import content_of, texts
 from penex.compare.display import Display
 from penex.compare.errors import CompareError
+from penex.compare.files import read_json, reading, write_text
 from penex.compare.models.files import DESCRIPTION, read_model
 from penex.compare.output_folder import (
     checkpoint_file,
     comparison_file,
     read_comparison,
-    read_json,
     run_folder,
-    write_text,
 )
 from penex.compare.registry import LOSSES, Loss
 from penex.compare.runner import compare
@@ -144,16 +143,30 @@ def load(folder: str | Path, *, objects: Iterable[Any] = (), trust: bool = False
     for each in objects:
         _spec(each)
     folder = Path(folder)
+    if trust:
+        import_named(folder)
     if (folder / DESCRIPTION).is_file():
-        model = read_model(folder)
-        if trust:
-            _trust([model.loss], model.network)
+        read_model(folder)
     else:
-        if trust:
-            config = read_json(comparison_file(folder)).get("config", {})
-            _trust(config.get("losses", ()), config.get("model"))
         read_comparison(folder)
     return Result(folder)
+
+
+def import_named(folder: Path) -> None:
+    """Import the losses and the network that a comparison or a saved classifier names.
+
+    Raises:
+        CompareError: The folder holds neither, or one cannot be imported.
+    """
+    if (folder / DESCRIPTION).is_file():
+        model = read_model(folder)
+        import_user_objects([model.loss], model.network)
+        return
+    path = comparison_file(folder)
+    described = read_json(path)
+    with reading(path):
+        named = described["config"]
+        import_user_objects(named["losses"], named.get("model"))
 
 
 class Result:
@@ -380,11 +393,6 @@ def _spec(loss: Any) -> str:
             )
         return register(loss, loss.name)
     return register(loss)
-
-
-def _trust(names: Iterable[str], network: str | None) -> None:
-    """Import what a folder names."""
-    import_user_objects(list(names), network)
 
 
 def in_memory(X: Any, y: Any, config: Config) -> Dataset:  # noqa: N803

@@ -34,13 +34,8 @@ from numpy.typing import NDArray
 from penex._extras import need
 from penex.compare.analysis.robustness import FILE, NORMS, final, read
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import (
-    lock,
-    read_comparison,
-    report_full_disk,
-    run_folder,
-    write_json,
-)
+from penex.compare.files import write_json
+from penex.compare.output_folder import lock, read_comparison, report_full_disk, run_folder
 from penex.compare.training.selection import LAST, in_sentence
 
 if TYPE_CHECKING:

@@ -18,10 +18,11 @@ from penex.compare.data.images import Images
 from penex.compare.data.load import load
 from penex.compare.data.split import Split, split
 from penex.compare.errors import CompareError
+from penex.compare.finished_runs import read_record
 from penex.compare.models.choose import resolve
 from penex.compare.models.files import read_network
 from penex.compare.models.networks import Normalise
-from penex.compare.output_folder import checkpoint_file, read_comparison, read_json, run_folder
+from penex.compare.output_folder import checkpoint_file, read_comparison, run_folder
 from penex.compare.registry import contender
 from penex.paper.attacks import Target
 
@@ -109,7 +110,7 @@ def load_model(
     )
     with torch.random.fork_rng():  # fresh weights are drawn, and then replaced
         model, _ = architecture.build(source.split(seed).train[0], len(source.dataset.classes))
-    record = read_json(folder / "run.json")
+    record = read_record(folder)
     selected = record["epochs"].get(epoch)
     if selected is None:
         raise CompareError(f"{folder} has no network for the selection {epoch!r}: the run diverged")

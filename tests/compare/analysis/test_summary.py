@@ -16,13 +16,14 @@ from penex.compare.analysis.summary import (
     GROUPS,
     SCALINGS,
     _pseudo_values,
-    curves,
     predictions,
     summarize,
 )
 from penex.compare.config import Config
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json, read_logits, run_folder, write_json
+from penex.compare.files import read_json, write_json
+from penex.compare.finished_runs import read_curve, read_logits
+from penex.compare.output_folder import run_folder
 from penex.compare.training.selection import LAST, SELECTIONS
 from penex.metrics import METRICS, decompose_nll, evaluate, fit_temperature, row_values
 
@@ -529,11 +530,11 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
 
 def test_curves(tmp_path: Path) -> None:
     folder = write(tmp_path / "out", {"cross-entropy": noisy(1.5, 1)})
-    columns = curves(folder, "cross-entropy", 0)
+    columns = read_curve(run_folder(folder, "cross-entropy", 0))
     assert next(iter(columns)) == "epoch"
     np.testing.assert_array_equal(columns["epoch"], np.arange(1, 21))
     np.testing.assert_allclose(columns["train_nll"], 1 / columns["epoch"], rtol=1e-5)
     path = run_folder(folder, "cross-entropy", 0) / "curve.csv"
     path.write_text("epoch,train_nll\n1,x\n")
     with pytest.raises(CompareError, match=f"{path} is damaged"):
-        curves(folder, "cross-entropy", 0)
+        read_curve(run_folder(folder, "cross-entropy", 0))

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json
+from penex.compare.finished_runs import read_record
 
 WORTH_SAYING = 30.0
 """Seconds; a shorter comparison is over before anybody has read what it will take."""
@@ -28,7 +28,7 @@ def recorded(runs: Sequence[Path]) -> float | None:
     seconds = []
     for run in runs:
         with contextlib.suppress(CompareError):  # damaged: said later, if it matters
-            seconds.append(float(read_json(run / "run.json")["seconds_per_epoch"]))
+            seconds.append(float(read_record(run)["seconds_per_epoch"]))
     return mean(seconds) if seconds else None
 
 
