@@ -1,9 +1,12 @@
 """Attacks by a folder from someone else: what is in it is data, and runs no code."""
 
+import io
 import json
 import os
+import platform
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ from typer.testing import CliRunner
 
 import penex
 from penex.cli import app
+from penex.compare import files
+from penex.compare.config import configure
 from penex.compare.errors import CompareError
 from penex.compare.files import read_json, write_json
 from penex.compare.output_folder import run_folder
@@ -364,3 +369,170 @@ def test_the_report_says_which_runs_are_missing(folder: Path) -> None:
     assert status == 0
     assert "2 of 4 runs have finished" in output.replace("\n", " ")
     assert "Missing: Cross-entropy (seed 0), PENEX (seed 1)." in " ".join(output.split())
+
+
+# Names with control characters
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202egnp\nWarning: all is well"
+
+
+def test_control_characters_are_printed_as_text(folder: Path, tmp_path: Path, rows: Path) -> None:
+    def name(value: dict[str, Any]) -> None:
+        value["data"]["name"] = HOSTILE
+        value["data"]["classes"] = [f"{HOSTILE}{k}" for k in range(3)]
+
+    edited(folder / "comparison.json", name)
+    for path in folder.rglob("model.json"):
+        edited(path, lambda value: value.update(data=HOSTILE, classes=[HOSTILE, "b", "c"]))
+    outputs = [
+        penex_command("report", folder)[1],
+        penex_command("report", folder, folder, "--out", tmp_path / "merged")[1],
+        penex_command("predict", folder, rows, "--out", tmp_path / "predictions.csv")[1],
+        penex_command("predict", folder, rows, "--loss", HOSTILE)[1],
+        repr(penex.load(folder)),
+        repr(penex.load(folder).model("penex")),
+    ]
+    table = tmp_path / "table.csv"
+    table.write_text(f'"{HOSTILE}",b\n1,2\n')
+    outputs.append(penex_command("compare", table, "--target", "c")[1])
+    outputs.append(penex_command("compare", tmp_path / f"{HOSTILE}.csv", "--target", "c")[1])
+    for output in outputs:
+        assert not set("\x1b\x07\u202e") & set(output)
+        assert not any(line.startswith("Warning: all is well") for line in output.splitlines()), (
+            number
+        )
+    assert "\\x1b]0;owned\\x07" in outputs[1]
+
+
+# Whose machine it was
+
+
+def test_nothing_says_whose_machine_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "home", tmp_path / "home" / "somebody"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(platform, "node", lambda: "the-host")
+    rng = np.random.default_rng(0)
+    lines = "".join(f"{x:.3f},{'b' if x > 0 else 'a'}\n" for x in rng.normal(size=200))
+    out = here / "out"
+    for place in (here / "data", home / "data", tmp_path / "elsewhere"):
+        place.mkdir()
+        table = place / "rows.csv"
+        table.write_text(f"x,label\n{lines}")
+        small = {"losses": ["cross-entropy", "penex"], "seeds": 2, "epochs": 2, "tune": 1}
+        penex.compare_losses(table, target="label", out=out, quiet=True, jobs=1, **small)
+        assert penex_command("report", out)[0] == 0
+        for path in out.rglob("*"):
+            if path.is_file():
+                content = path.read_bytes()
+                assert str(tmp_path).encode() not in content, path
+                assert b"the-host" not in content, path
+        found = penex.load(out)
+        if place.is_relative_to(home):
+            found.refit()
+        else:
+            with pytest.raises(CompareError, match="name the place with --data"):
+                found.refit()
+            found.refit(table)
+        shutil.rmtree(out)
+
+
+# Bounds of what is read
+
+
+def yaml_bomb() -> str:
+    lines = ['a0: &a0 ["x", "x"]']
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (yaml_bomb(), "anchors and aliases"),
+        ("a: &a [*a]", "anchors and aliases"),
+        ("epochs: " + "[" * 100_000, "nested more than 20 deep"),
+        ("epochs:\n" + "".join(" " * k + "a:\n" for k in range(1, 300)), "nested more than 20"),
+        ("# " + "x" * 2**20, "is larger than"),
+        ("epochs: " + "9" * 10_000, "is not valid YAML"),
+        ("epochs: 2020-13-41", "is not valid YAML"),
+        ("!!python/object/apply:os.system ['true']", "is not valid YAML"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_settings_are_bounded(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(CompareError, match=message):
+        configure(path)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.npz", "x.parquet", "x.xlsx", "settings.yaml"])
+def test_a_pipe_as_input_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    os.mkfifo(path)
+    option = (
+        ["--config", path]
+        if name.endswith("yaml")
+        else [path] + ["--target", "y"] * (name != "x.npz")
+    )
+    status, output = penex_command("compare", *option)
+    assert status == 2
+    assert "is a pipe, socket or device" in output
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.parquet"])
+def test_a_pipe_among_files_is_refused(tmp_path: Path, name: str) -> None:
+    for label in "ab":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        os.mkfifo(tmp_path / "data" / label / name)
+    status, output = penex_command("compare", tmp_path / "data")
+    assert status == 2
+    assert "is a pipe, socket or device" in output
+
+
+def test_a_pipe_among_new_rows_is_refused(bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.npy"
+    os.mkfifo(path)
+    status, output = penex_command("predict", bundle, path)
+    assert status == 2
+    assert "is a pipe, socket or device" in output
+
+
+def header(shape: tuple[int, ...]) -> bytes:
+    """The start of an array of that shape, without its values."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": "<f8", "fortran_order": False, "shape": shape}
+    )
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(10**6, 10**6), (10**30,), (2**62, 4)])
+@pytest.mark.parametrize("name", ["x.npz", "x.npy"])
+def test_an_array_that_declares_more_than_it_has(
+    bundle: Path, tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    path = tmp_path / name
+    if name == "x.npz":
+        with zipfile.ZipFile(path, "w") as archive:
+            for array in ("X", "y"):
+                archive.writestr(f"{array}.npy", header(shape))
+        status, output = penex_command("compare", path)
+        assert (status, "cannot read" in output) == (2, True)
+    else:
+        path.write_bytes(header(shape))
+    status, output = penex_command("predict", bundle, path)
+    assert (status, "cannot read" in output) == (2, True)
+
+
+def test_an_archive_that_decompresses_to_more_than_is_read(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.open_arrays.__wrapped__, "__defaults__", (2**20,))
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, X=np.zeros((2**15, 8)), y=np.zeros(2**15))
+    for words in (["compare", path], ["predict", bundle, path]):
+        status, output = penex_command(*words)
+        assert (status, "decompresses to more than" in output) == (2, True)

@@ -12,6 +12,7 @@ import uuid
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import IO, Any
 
 import numpy as np
@@ -25,6 +26,8 @@ MAX_BYTES = 4 * 2**30
 """Of a data file after decompression, and of the arrays in one (4 GiB)."""
 MAX_ROWS = 100_000_000
 """Of a table."""
+MAX_IMAGE_BYTES = 2**28
+"""Of an image file (256 MiB)."""
 MAX_JSON_BYTES = 64 * 2**20
 MAX_DEPTH = 20
 """Of nested values in JSON and YAML."""
@@ -132,8 +135,7 @@ def reading(path: Path, remedy: str = "") -> Iterator[None]:
     except (CompareError, ImportError):
         raise
     except Exception as error:  # damaged content raises anything from zipfile, json, numpy, torch
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
+        reason = shorten(f"{type(error).__name__}: {error}", 200)
         remedy = remedy or f"remove {path.parent} and run the comparison again"
         raise CompareError(f"{path} is damaged ({reason}); {remedy}") from None
 
@@ -178,9 +180,7 @@ def check_archive(path: Path, most: int = MAX_BYTES) -> None:
 
 def _refuse_large(path: Path, size: int, most: int) -> None:
     if size > most:
-        raise CompareError(
-            f"{path} holds {size / 2**30:.3g} GiB when it is read, more than {most / 2**30:.3g} GiB"
-        )
+        raise CompareError(f"{path} decompresses to more than {most / 2**30:.3g} GiB.")
 
 
 @contextlib.contextmanager

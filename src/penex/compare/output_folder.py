@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from penex.compare.config import Config
-from penex.compare.data.load import Dataset
+from penex.compare.data.load import Dataset, load
 from penex.compare.errors import CompareError, named
 from penex.compare.files import PARTIAL, read_json, reading, refuse_links, write_json
 from penex.compare.registry import contender
@@ -212,6 +212,34 @@ def read_comparison(folder: Path) -> tuple[Config, dict[str, Any]]:
     except (KeyError, TypeError, ValueError) as error:
         raise CompareError(f"{path} was not written by this version of penex: {error}") from None
     return config, data
+
+
+def load_data(folder: Path, data: str | None = None) -> tuple[Config, Dataset]:
+    """The configuration of a comparison, and its data once more.
+
+    Args:
+        folder: The output folder.
+        data: Where the data are; None: where `folder` says, from the working directory.
+
+    Raises:
+        CompareError: They cannot be read, or are others.
+    """
+    config, described = read_comparison(folder)
+    if data is not None:
+        config = config.model_copy(update={"data": data})
+    try:
+        dataset = load(config)
+    except CompareError as error:
+        raise CompareError(
+            f"cannot read the data of {folder}: {error} If they are elsewhere, name the place with "
+            "--data, or start the command in the folder where they are."
+        ) from None
+    if dataset.fingerprint != described["fingerprint"]:
+        raise CompareError(
+            f"{config.data} has changed since {folder} was made: the content is "
+            f"{dataset.fingerprint[:8]}, was {described['fingerprint'][:8]}"
+        )
+    return config, dataset
 
 
 def comparison_file(folder: Path) -> Path:

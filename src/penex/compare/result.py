@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 
+from penex._terminal import Terminal
 from penex.compare.analysis import plots, report, tables, verdict
 from penex.compare.config import Config, Execution, Task, configure, import_user_objects
 from penex.compare.data.dataset import ClassType, Content, Dataset, encode_labels
 from penex.compare.data.images import Images
-from penex.compare.data.load import load as read
 from penex.compare.data.load import to_dataset
 from penex.compare.data.new_rows import channels_first
 from penex.compare.data.tables import content_of, texts
@@ -32,6 +31,7 @@ from penex.compare.models.files import DESCRIPTION, read_model
 from penex.compare.output_folder import (
     checkpoint_file,
     comparison_file,
+    load_data,
     read_comparison,
     run_folder,
 )
@@ -121,7 +121,7 @@ def compare_losses(
         y = config.target if y is None else y
         dataset = in_memory(X, y, config)
     folder = Path(tempfile.mkdtemp(prefix="penex-") if out is None else out)
-    console = Console(quiet=quiet, markup=False, highlight=False)
+    console = Terminal(quiet=quiet)
     execution = Execution(jobs=jobs)
     compare(config, folder, execution=execution, display=Display(console), dataset=dataset)
     return Result(folder, dataset, temporary=out is None)
@@ -278,7 +278,7 @@ class Result:
 
         Args:
             X: The data again, as :func:`compare_losses` had it, where it came from memory and this
-                result was loaded.
+                result was loaded; or the path of files, if they are not where the folder says.
             y: Its classes.
             loss: Which; None: the recommended one.
 
@@ -294,10 +294,14 @@ class Result:
 
             config, described = read_comparison(self.folder)
             run = self._run(loss, None)
-            dataset = self._dataset if X is None else in_memory(X, y, config)
-            dataset = read(config) if dataset is None else dataset
+            if X is None and self._dataset is not None:
+                dataset = self._dataset
+            elif X is None or isinstance(X, str | Path):
+                _, dataset = load_data(self.folder, None if X is None else str(X))
+            else:
+                dataset = in_memory(X, y, config)
             if dataset.fingerprint != described["fingerprint"]:
-                raise CompareError(f"{config.data} has changed since {self.folder} was made")
+                raise CompareError(f"X has changed since {self.folder} was made")
             knob = math.nan if run["knob"] is None else run["knob"]
             task = Task(folder, loss, run["seed"], run["lr"], knob)
             own = self._finite_runs(loss)
@@ -355,7 +359,7 @@ class Result:
             return repr(self.best)
         results = self.comparison.results
         stream = io.StringIO()
-        console = Console(file=stream, width=WIDTH, markup=False, highlight=False)
+        console = Terminal(file=stream, width=WIDTH)
         console.print(self.recommendation)
         for warning in self.warnings:
             console.print(f"Warning: {warning}")

@@ -403,7 +403,7 @@ def test_a_reference_that_diverged_everywhere(tmp_path: Path) -> None:
     for seed in range(4):
         where = run_folder(tmp_path / "out", "cross-entropy", seed)
         record = read_json(where / "run.json")
-        write_json(where / "run.json", record | {"epochs": {LAST: 20}})
+        write_json(where / "run.json", record | {"epochs": {LAST: 20}, "validation": {}})
         spoil(tmp_path / "out", "cross-entropy", seed, "test_20")
     found = summarize(tmp_path / "out")
     cell = column(found)["cross-entropy"]

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from penex._terminal import printable
 from penex.compare.data.batches import Batches, evaluation_rows, loader
 from penex.compare.data.images import Images
 from penex.compare.data.new_rows import Rows, as_features
@@ -86,7 +87,7 @@ class Classifier:
     def __repr__(self) -> str:
         about, classes = self.description, self.description.classes
         names = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
-        return f"<{about.network} trained with {self.label} on {about.data}: {names}>"
+        return printable(f"<{about.network} trained with {self.label} on {about.data}: {names}>")
 
     def predict(self, X: Rows) -> NDArray[Any]:  # noqa: N803
         """The most probable class of each row, shape (N,).
