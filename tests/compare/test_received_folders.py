@@ -398,9 +398,7 @@ def test_control_characters_are_printed_as_text(folder: Path, tmp_path: Path, ro
     outputs.append(penex_command("compare", tmp_path / f"{HOSTILE}.csv", "--target", "c")[1])
     for output in outputs:
         assert not set("\x1b\x07\u202e") & set(output)
-        assert not any(line.startswith("Warning: all is well") for line in output.splitlines()), (
-            number
-        )
+        assert not any(line.startswith("Warning: all is well") for line in output.splitlines())
     assert "\\x1b]0;owned\\x07" in outputs[1]
 
 
@@ -472,12 +470,8 @@ def test_settings_are_bounded(tmp_path: Path, text: str, message: str) -> None:
 def test_a_pipe_as_input_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     os.mkfifo(path)
-    option = (
-        ["--config", path]
-        if name.endswith("yaml")
-        else [path] + ["--target", "y"] * (name != "x.npz")
-    )
-    status, output = penex_command("compare", *option)
+    words = {"settings.yaml": ["--config", path], "x.npz": [path]}
+    status, output = penex_command("compare", *words.get(name, [path, "--target", "y"]))
     assert status == 2
     assert "is a pipe, socket or device" in output
 
