@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_softmax
 
 from penex.compare.config import Config
-from penex.compare.output_folder import run_folder, write_json
+from penex.compare.files import write_json
+from penex.compare.output_folder import run_folder
 from penex.compare.registry import parse_loss
 from penex.compare.training.selection import LAST, validation_scores
 

@@ -21,8 +21,10 @@ from penex import cli
 from penex.compare.config import Config
 from penex.compare.data.split import draw_rows
 from penex.compare.errors import CompareError
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_logits
 from penex.compare.models.classifier import Classifier
-from penex.compare.output_folder import read_json, read_logits, run_folder
+from penex.compare.output_folder import run_folder
 from penex.compare.result import Result, compare_losses, in_memory, load
 from penex.metrics import accuracy, nll
 

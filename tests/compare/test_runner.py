@@ -22,13 +22,15 @@ from waiting import GUARD, wait_until
 
 from penex import cli
 from penex.compare.analysis import plots, report
-from penex.compare.analysis.summary import curves, summarize
+from penex.compare.analysis.summary import summarize
 from penex.compare.config import Config
 from penex.compare.data.load import load
 from penex.compare.data.split import split
 from penex.compare.errors import CompareError
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_curve, read_logits
 from penex.compare.models.files import read_network
-from penex.compare.output_folder import read_comparison, read_json, read_logits, run_folder
+from penex.compare.output_folder import read_comparison, run_folder
 from penex.compare.registry import LOSSES
 
 Make = Callable[..., Path]
@@ -141,13 +143,13 @@ def test_losses_equal_to_cross_entropy_reproduce_its_runs(make: Make, tmp_path: 
     folder = make(tmp_path / "out", losses=("cross-entropy", *equal), label_noise=0.2)
     for seed in (0, 1):
         reference = read_logits(run_folder(folder, "cross-entropy", seed))
-        curve = curves(folder, "cross-entropy", seed)
+        curve = read_curve(run_folder(folder, "cross-entropy", seed))
         for spec in equal:
             logits = read_logits(run_folder(folder, spec, seed))
             assert logits.keys() == reference.keys()
             for name in logits:
                 np.testing.assert_allclose(logits[name], reference[name], atol=1e-5, rtol=0)
-            for name, column in curves(folder, spec, seed).items():
+            for name, column in read_curve(run_folder(folder, spec, seed)).items():
                 if name != "seconds":
                     np.testing.assert_allclose(column, curve[name], rtol=1e-5)
     one, other = (read_logits(run_folder(folder, "cross-entropy", seed)) for seed in (0, 1))
@@ -163,7 +165,10 @@ def test_a_run_records_the_scores_of_its_logits(make: Make, tmp_path: Path) -> N
     for spec in config.losses:
         scale = {"cross-entropy": 1.0, "penex": 1.1}[spec]
         for seed in range(config.seeds):
-            where, curve = run_folder(folder, spec, seed), curves(folder, spec, seed)
+            where, curve = (
+                run_folder(folder, spec, seed),
+                read_curve(run_folder(folder, spec, seed)),
+            )
             record, logits = read_json(where / "run.json"), read_logits(where)
             np.testing.assert_array_equal(curve["epoch"], range(1, 9))
             nll, accuracy = curve["validation_nll"], curve["validation_accuracy"]

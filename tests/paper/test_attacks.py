@@ -17,7 +17,9 @@ from penex import cli
 from penex.compare.analysis import plots, report, robustness, tables
 from penex.compare.analysis.statistics import resplit_interval
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json, read_logits, run_folder, write_json
+from penex.compare.files import read_json, write_json
+from penex.compare.finished_runs import read_logits
+from penex.compare.output_folder import run_folder
 from penex.paper import attacks
 from penex.paper import trained_networks as checkpoints
 from penex.paper.attacks import Target, accuracies, final

@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 
 from penex import cli
 from penex.compare.config import Config
-from penex.compare.output_folder import read_comparison, read_json, run_folder, trial_folder
+from penex.compare.files import read_json
+from penex.compare.output_folder import read_comparison, run_folder, trial_folder
 from penex.paper.presets import NAMES, preset
 from penex.paper.synthetic_data import sample
 

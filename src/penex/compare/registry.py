@@ -379,7 +379,7 @@ def exact(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-_SPEC = re.compile(r"\s*([\w.:-]+)\s*(?:=\s*([^()\s]*)|\(([^()/]*)\))?\s*")
+_SPEC = re.compile(r"\s*([\w.:-]+)\s*(?:=\s*([^()\s]*)|\(([^()/\\\x00-\x1f]*)\))?\s*")
 
 
 def parse_loss(spec: str) -> Candidate:

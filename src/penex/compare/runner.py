@@ -16,16 +16,17 @@ from penex.compare.data.images import Images
 from penex.compare.data.load import load
 from penex.compare.data.split import draw_rows
 from penex.compare.display import Display
+from penex.compare.files import write_json
+from penex.compare.finished_runs import discard_damaged, read_record
 from penex.compare.output_folder import (
     clear_partial,
     epochs_done,
     lock,
-    read_json,
+    read_timing,
     report_full_disk,
     run_folder,
     start_or_resume,
     trial_folder,
-    write_json,
 )
 from penex.compare.parallel import Workers, workers
 from penex.compare.registry import parse_loss
@@ -71,7 +72,8 @@ def compare(
         display.warn(line)
     with contextlib.ExitStack() as stack:
         stack.enter_context(default_process_group())
-        on_rank_zero(lambda: _acquire(stack, config, folder, dataset))
+        for reason in on_rank_zero(lambda: _acquire(stack, config, folder, dataset)):
+            display.warn(f"{reason}; that run is done again")
         pool = stack.enter_context(
             workers(
                 execution,
@@ -104,14 +106,13 @@ def compare(
 def _measure_times(
     config: Config, folder: Path, values: Mapping[str, Mapping[str, float]], pool: Workers
 ) -> None:
-    """Record the time of a training epoch of each loss, measured one loss at a time."""
-    path = folder / "timing.json"
-    known: dict[str, float] = on_rank_zero(lambda: read_json(path) if path.exists() else {})
+    """Record the time of a training epoch of each loss, measured one at a time."""
+    known = on_rank_zero(lambda: read_timing(folder))
     missing = [spec for spec in config.losses if spec not in known]
     for spec in missing:
         (known[spec],) = pool.each(_measure, [(spec, values[spec]["knob"])])
     if missing and is_rank_zero():
-        write_json(path, known)
+        write_json(folder / "timing.json", known)
 
 
 def _pairs(config: Config) -> list[tuple[int, str]]:
@@ -123,12 +124,18 @@ def _untuned(config: Config, spec: str) -> dict[str, float]:
     return {"lr": config.lr_for(spec), "knob": parse_loss(spec).untuned}
 
 
-def _acquire(stack: contextlib.ExitStack, config: Config, folder: Path, dataset: Dataset) -> None:
-    """Lock `folder` for this comparison until `stack` is closed."""
+def _acquire(
+    stack: contextlib.ExitStack, config: Config, folder: Path, dataset: Dataset
+) -> list[str]:
+    """Make `folder` this comparison's until `stack` is closed; says which runs were damaged."""
     stack.enter_context(lock(folder))
     stack.enter_context(report_full_disk(folder))
     stack.enter_context(_clearing_partial(folder))
     start_or_resume(folder, config, dataset)
+    trials = folder.glob("tuning/*/trial-*")
+    return discard_damaged(
+        [*(run_folder(folder, spec, seed) for seed, spec in _pairs(config)), *trials]
+    )
 
 
 def _print_forecast(
@@ -228,7 +235,7 @@ def _train(task: Task, folder: Path, config: Config, dataset: Dataset, execution
     from penex.compare.training.run import run  # torch and Lightning: only the process that trains
 
     run(task, config, dataset, execution)
-    record = on_rank_zero(lambda: read_json(task.folder / "run.json"))
+    record = on_rank_zero(lambda: read_record(task.folder))
     scores, epoch = record["validation"].get(config.select), record["epochs"].get(config.select)
     if scores is None:
         result = "diverged"

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from penex.compare.analysis import plots
-from penex.compare.analysis.plots import Floats
+from penex.compare.analysis.plots import Floats, save_figure
 from penex.compare.config import Config
 from penex.compare.output_folder import run_folder, unfinished_curves
 from penex.compare.registry import parse_loss
@@ -119,8 +119,7 @@ def write(published: PublishedCurves, config: Config, folder: Path, file: Path) 
     """
     curves = gather(published, config, folder)
     with figures.style("published"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draw(curves).savefig(file, dpi=200)
+        save_figure(draw(curves), file)
     return {
         "source": published.source,
         "distances": [

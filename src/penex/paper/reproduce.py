@@ -16,7 +16,8 @@ from typing import Any
 from penex.compare.analysis import plots, report
 from penex.compare.config import Config, Execution
 from penex.compare.display import Display
-from penex.compare.output_folder import read_comparison, report_full_disk, write_json
+from penex.compare.files import write_json
+from penex.compare.output_folder import read_comparison, report_full_disk
 from penex.compare.runner import compare
 from penex.compare.training.distributed import is_rank_zero
 from penex.paper import figures, published

@@ -21,7 +21,9 @@ from penex import cli
 from penex.compare.analysis import plots, report, tables, verdict
 from penex.compare.analysis.summary import SCALINGS
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json, read_logits, run_folder, write_json
+from penex.compare.files import read_json, write_json
+from penex.compare.finished_runs import read_logits
+from penex.compare.output_folder import run_folder
 from penex.compare.training.selection import SELECTIONS
 from penex.metrics import METRICS, ece
 

@@ -16,13 +16,14 @@ from penex.compare.analysis.summary import (
     GROUPS,
     SCALINGS,
     _pseudo_values,
-    curves,
     predictions,
     summarize,
 )
 from penex.compare.config import Config
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json, read_logits, run_folder, write_json
+from penex.compare.files import read_json, write_json
+from penex.compare.finished_runs import read_curve, read_logits
+from penex.compare.output_folder import run_folder
 from penex.compare.training.selection import LAST, SELECTIONS
 from penex.metrics import METRICS, decompose_nll, evaluate, fit_temperature, row_values
 
@@ -407,7 +408,7 @@ def test_a_reference_that_diverged_everywhere(tmp_path: Path) -> None:
     for seed in range(4):
         where = run_folder(tmp_path / "out", "cross-entropy", seed)
         record = read_json(where / "run.json")
-        write_json(where / "run.json", record | {"epochs": {LAST: 20}})
+        write_json(where / "run.json", record | {"epochs": {LAST: 20}, "validation": {}})
         spoil(tmp_path / "out", "cross-entropy", seed, "test_20")
     found = summarize(tmp_path / "out")
     cell = column(found)["cross-entropy"]
@@ -534,11 +535,11 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
 
 def test_curves(tmp_path: Path) -> None:
     folder = write(tmp_path / "out", {"cross-entropy": noisy(1.5, 1)})
-    columns = curves(folder, "cross-entropy", 0)
+    columns = read_curve(run_folder(folder, "cross-entropy", 0))
     assert next(iter(columns)) == "epoch"
     np.testing.assert_array_equal(columns["epoch"], np.arange(1, 21))
     np.testing.assert_allclose(columns["train_nll"], 1 / columns["epoch"], rtol=1e-5)
     path = run_folder(folder, "cross-entropy", 0) / "curve.csv"
     path.write_text("epoch,train_nll\n1,x\n")
     with pytest.raises(CompareError, match=f"{path} is damaged"):
-        curves(folder, "cross-entropy", 0)
+        read_curve(run_folder(folder, "cross-entropy", 0))

@@ -14,7 +14,9 @@ import pytest
 import torch
 from waiting import GUARD, wait_until
 
-from penex.compare.output_folder import read_json, read_logits, run_folder, trial_folder
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_logits
+from penex.compare.output_folder import run_folder, trial_folder
 
 PROGRAM = "from penex.cli import main; main()"
 COMMAND = ("compare", "iris", "--losses=cross-entropy,penex", "--devices=2", "--strategy=ddp")

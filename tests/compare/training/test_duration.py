@@ -14,7 +14,7 @@ from waiting import GUARD
 
 from penex.compare.config import Config, Execution
 from penex.compare.display import Display
-from penex.compare.output_folder import read_json, write_json
+from penex.compare.files import read_json, write_json
 from penex.compare.runner import compare
 from penex.compare.training.duration import duration, forecast, recorded, seconds_per_epoch
 

@@ -14,7 +14,8 @@ from waiting import GUARD, wait_until
 
 pytest.importorskip("ray", reason="needs the extra ray")
 
-from penex.compare.output_folder import read_json, read_logits
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_logits
 
 PROGRAM = "from penex.cli import main; main()"
 COMMAND = ("compare", "iris", "--losses=cross-entropy,penex", "--seeds=2", "--hidden=32")

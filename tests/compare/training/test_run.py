@@ -33,9 +33,11 @@ from penex.compare.data.images import Images
 from penex.compare.data.load import load
 from penex.compare.data.split import split
 from penex.compare.errors import CompareError
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_logits
 from penex.compare.models.choose import resolve
 from penex.compare.models.files import read_network
-from penex.compare.output_folder import CHECKPOINT, checkpoint_file, read_json, read_logits
+from penex.compare.output_folder import CHECKPOINT, checkpoint_file
 from penex.compare.registry import LOSSES, Context, Loss, parse_loss
 from penex.compare.training import run as training
 

@@ -18,13 +18,9 @@ from waiting import GUARD, wait_until
 from penex.compare.config import Config, Execution
 from penex.compare.data.load import load
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import (
-    read_comparison,
-    read_json,
-    read_logits,
-    run_folder,
-    trial_folder,
-)
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_logits
+from penex.compare.output_folder import read_comparison, run_folder, trial_folder
 from penex.compare.registry import parse_loss
 from penex.compare.training.tune import LR_SPAN, Study, open_studies, tune
 

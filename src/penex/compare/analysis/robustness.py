@@ -3,13 +3,39 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from penex.compare.analysis.statistics import resplit_interval
-from penex.compare.output_folder import read_json
+from penex.compare.files import read_json, reading
 
 FILE = "robustness.json"
 NORMS = {"linf": "L∞", "l2": "L2"}
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    loss: str
+    seed: int
+    epoch: str
+    norm: Literal["linf", "l2"]
+    radius: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    box: bool
+    asked: int
+    test_share: Annotated[float, Field(gt=0)]
+    accuracy: Annotated[dict[str, Share], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _clean(self) -> "_Record":
+        if "clean" not in self.accuracy:
+            raise ValueError("accuracy: expected clean")
+        return self
+
+
+_RECORDS = TypeAdapter(list[_Record])
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -19,7 +45,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
     share of correctly classified rows, first "clean" and then after each attack.
     """
     path = folder / FILE
-    return list(read_json(path)) if path.exists() else []
+    if not path.exists():
+        return []
+    remedy = "remove it and run penex attack again"
+    records: list[dict[str, Any]] = read_json(path, remedy)
+    with reading(path, remedy):
+        _RECORDS.validate_python(records)
+    return records
 
 
 def final(record: dict[str, Any]) -> float:

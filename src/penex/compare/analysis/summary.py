@@ -3,7 +3,6 @@
 No network is evaluated here. `summarize` may be called at any time on the runs finished so far.
 """
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,9 @@ from penex.compare.analysis.statistics import (
 )
 from penex.compare.config import Config, check_metric
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_comparison, read_json, read_logits, run_folder
+from penex.compare.files import read_json, reading
+from penex.compare.finished_runs import read_logits, read_run
+from penex.compare.output_folder import read_comparison, read_timing, run_folder
 from penex.compare.registry import REFERENCE, parse_loss
 from penex.compare.training.selection import SELECTIONS
 from penex.metrics import (
@@ -153,7 +154,7 @@ def summarize(
         "summary": summary,
         "primary": _primary(design, summary),
         "baseline": _baseline(folder, design),
-        "seconds_per_epoch": _seconds(folder),
+        "seconds_per_epoch": read_timing(folder),
         "published": _published(folder, config, runs),
         "runs": [run.record for run in runs],
     }
@@ -176,8 +177,9 @@ class _Run:
 
 def _run(folder: Path, config: Config, spec: str, seed: int, *, fixed_test: bool) -> _Run:
     where = run_folder(folder, spec, seed)
-    record: dict[str, Any] = read_json(where / "run.json")
-    saved = read_logits(where)
+    record, saved = read_run(where)
+    if (record["loss"], record["seed"]) != (spec, seed):
+        raise CompareError(f"{where / 'run.json'} is of another run; remove {where} and run again")
     record |= {"temperature": {}, "test": {}, "floor": {}, "extreme_rows": None}
     run = _Run(record, {}, {})
     known: dict[int | None, str] = {}  # selections often share an epoch
@@ -413,12 +415,6 @@ def _baseline(folder: Path, design: _Design) -> dict[str, float | None]:
     return _finite(means)
 
 
-def _seconds(folder: Path) -> dict[str, float]:
-    """Seconds of a training epoch of each loss, measured alone; empty if not measured."""
-    path = folder / "timing.json"
-    return dict(read_json(path)) if path.exists() else {}
-
-
 def _loss(spec: str, runs: Sequence[_Run]) -> dict[str, Any]:
     candidate = parse_loss(spec)
     knob = candidate.loss.knob
@@ -447,7 +443,11 @@ def _published(folder: Path, config: Config, runs: Sequence[_Run]) -> list[dict[
     if not path.exists():
         return []
     found = []
-    for entry in read_json(path):
+    remedy = "remove it, or run penex reproduce again"
+    entries = read_json(path, remedy)
+    with reading(path, remedy):
+        entries = list(entries)
+    for entry in entries:
         try:
             spec, metric, at = entry["loss"], entry["metric"], entry["at"]
             scaling = entry.get("scaling", "link")
@@ -458,7 +458,7 @@ def _published(folder: Path, config: Config, runs: Sequence[_Run]) -> list[dict[
             if at not in SELECTIONS:
                 raise ValueError(f"at {at!r}")
             published = {"value": float(entry["value"]), "source": str(entry["source"])}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CompareError(f"{path}: an entry is not understood ({error})") from None
         if spec not in config.losses:
             continue
@@ -480,16 +480,3 @@ def _published(folder: Path, config: Config, runs: Sequence[_Run]) -> list[dict[
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def curves(folder: Path, spec: str, seed: int) -> dict[str, Floats]:
-    """The columns of a run's curve.csv."""
-    path = run_folder(folder, spec, seed) / "curve.csv"
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-    except (OSError, ValueError, IndexError, TypeError) as error:
-        raise CompareError(
-            f"{path} is damaged ({error}); remove {path.parent} and run again"
-        ) from None

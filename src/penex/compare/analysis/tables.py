@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from penex._terminal import printable
 from penex.compare.analysis.leaderboard import Leaderboard
 from penex.compare.analysis.robustness import NORMS, summary
 from penex.compare.analysis.summary import primary_scaling
@@ -536,7 +537,7 @@ def _bare(title: str) -> Table:
 def merged_terminal(several: Sequence[dict[str, Any]], selection: str) -> Iterator[Table]:
     """Rich tables for 80 columns or more, one for each comparison."""
     for block in merged(several, selection):
-        table = _bare(f"{block.title}: {in_sentence(selection)}")
+        table = _bare(printable(f"{block.title}: {in_sentence(selection)}"))
         table.add_column("Loss")
         for title in merged_header():
             table.add_column(f"{title} ", justify="right", no_wrap=True)

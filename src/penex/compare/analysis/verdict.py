@@ -211,9 +211,17 @@ def warnings(results: dict[str, Any]) -> list[str]:
     """Reasons to distrust the results of this comparison, each in a sentence or two."""
     found = []
     done, planned = len(results["runs"]), results["planned_runs"]
+    finished = {(run["loss"], run["seed"]) for run in results["runs"]}
+    missing = [
+        f"{loss['label']} (seed {seed})"
+        for seed in range(results["config"]["seeds"])
+        for loss in results["losses"]
+        if (loss["spec"], seed) not in finished
+    ]
     if done < planned:
         found.append(
-            f"Unfinished: {done} of {planned} runs have finished. The recommendation may change."
+            f"Unfinished: {done} of {planned} runs have finished. The recommendation may change. "
+            f"Missing: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}."
         )
     found += _diverged(results)
     found += _late(results)

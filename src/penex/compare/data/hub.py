@@ -22,7 +22,7 @@ from penex._extras import need
 from penex.compare.config import Config
 from penex.compare.data.dataset import Content, encode_labels, official_rows, quoted, roles
 from penex.compare.data.images import digest_of, load_images
-from penex.compare.data.tables import texts
+from penex.compare.data.tables import parquet_metadata, texts
 from penex.compare.errors import CompareError, did_you_mean
 
 if TYPE_CHECKING:
@@ -113,8 +113,11 @@ def _load(source: str, data_dir: str | None) -> "dict[str, HubDataset]":
     try:
         if hub and not data_dir:
             return dict(datasets.load_dataset(name, configuration or None))
-        if not any(folder.rglob("*.parquet")):
+        files = list(folder.rglob("*.parquet"))
+        if not files:
             raise CompareError(f"{folder} holds no Parquet files (*.parquet) for {source}.")
+        for file in files:
+            parquet_metadata(file)
         return dict(datasets.load_dataset("parquet", data_dir=str(folder)))
     except CompareError:
         raise

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json
+from penex.compare.finished_runs import read_record
 
 SHORTEST_FORECAST = 30.0
 """Seconds below which no forecast is printed: it would be read after the comparison has ended."""
@@ -32,8 +32,8 @@ def recorded(runs: Sequence[Path]) -> float | None:
     """Mean seconds of the training part of an epoch of finished runs; None if there are none."""
     seconds = []
     for run in runs:
-        with contextlib.suppress(CompareError):  # a damaged file is reported later, if needed
-            seconds.append(float(read_json(run / "run.json")["seconds_per_epoch"]))
+        with contextlib.suppress(CompareError):  # damaged: said later, if it matters
+            seconds.append(float(read_record(run)["seconds_per_epoch"]))
     return mean(seconds) if seconds else None
 
 

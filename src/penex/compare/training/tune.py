@@ -36,7 +36,8 @@ from sqlalchemy.exc import DBAPIError
 from penex.compare.config import Config, Execution, Task
 from penex.compare.data.load import Dataset
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json, trial_folder
+from penex.compare.finished_runs import read_record
+from penex.compare.output_folder import trial_folder
 from penex.compare.registry import parse_loss
 from penex.compare.training.distributed import on_rank_zero
 
@@ -90,7 +91,9 @@ class Study:
         self.space = _space(spec, config)
         self.trials = config.tune
         self.alone = execution.storage is None and execution.tune_jobs == 1
-        self.owner = f"{platform.node()}:{folder.absolute()}:{worker}"
+        # A digest: neither the machine's name nor a path goes into a file that may be shared.
+        owner = f"{platform.node()}:{folder.absolute()}:{worker}"
+        self.owner = hashlib.sha256(owner.encode()).hexdigest()
         self.storage = _storage(folder, execution.storage)
         facts = json.dumps(
             [config.fixed(), config.lr_for(spec), dataset.fingerprint], sort_keys=True
@@ -173,7 +176,7 @@ class Study:
         values = self._untuned()
         known = None
         if done.exists():
-            known = read_json(done / "run.json")
+            known = read_record(done)
         elif waiting.number == 0:  # so that tuning can only improve the score
             known = values
         for name, span in self.space.items():
@@ -271,8 +274,8 @@ def _space(spec: str, config: Config) -> dict[str, FloatDistribution]:
 
 
 def _score(run: Path, config: Config) -> float:
-    """The value of a finished run that tuning minimises; infinite if the run diverged."""
-    scores = read_json(run / "run.json")["validation"].get(config.select)
+    """What tuning minimises, of a finished run; infinite if it diverged."""
+    scores = read_record(run)["validation"].get(config.select)
     if scores is None:
         return math.inf
     if config.select == "accuracy":
