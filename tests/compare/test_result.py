@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from penex import cli
 from penex.compare.config import Config
 from penex.compare.data.split import draw_rows
 from penex.compare.errors import CompareError
+from penex.compare.models.classifier import Classifier
 from penex.compare.output_folder import read_json, read_logits, run_folder
 from penex.compare.result import Result, compare_losses, in_memory, load
 from penex.metrics import accuracy, nll
@@ -226,6 +228,12 @@ def test_a_user_defined_network(tmp_path: Path) -> None:
         _ = load(folder).best
     with pytest.raises(CompareError, match="model: cannot import elsewhere"):
         load(folder, trust=True)
+
+
+def test_a_pretrained_tokenizer_is_not_part_of_a_classifier(result: Result, tmp_path: Path) -> None:
+    about = replace(result.best.description, kind="text", network="transformers:some/model")
+    with pytest.raises(CompareError, match="its tokenizer is not saved with it"):
+        Classifier(about, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,10 @@ def _focal_scale(criterion: Any, num_classes: int) -> float:
     return float((1 - p) ** gamma - gamma * p * (1 - p) ** (gamma - 1) * math.log(p))
 
 
+def _generalized_scale(criterion: Any, num_classes: int) -> float:
+    return math.pow(num_classes, -criterion.q)
+
+
 def _conex_sensitivity(knob: float, context: Context) -> float:
     return 1 / (context.num_classes - 1)
 
@@ -301,6 +305,33 @@ LOSSES = {
             _cosine_schedule,
             _SENSITIVITY,
             gradient_scale=_sensitivity,
+        ),
+        Loss(
+            "generalized-cross-entropy",
+            "Generalised cross-entropy",
+            Make("penex.losses:GeneralizedCrossEntropyLoss", "q"),
+            Knob("q", "q", default=0.3, low=0.05, high=0.9, most=1.0, log=True),
+            gradient_scale=_generalized_scale,
+        ),
+        Loss(
+            "max-suppression",
+            "Max suppression",
+            Make("penex.compare.rival_losses:MaxSupLoss", "strength"),
+            Knob("strength", "β", default=0.1, low=0.0, high=0.5),
+            gradient_scale=_one,
+        ),
+        Loss(
+            "margin-label-smoothing",
+            "Margin-based label smoothing",
+            Make("penex.compare.rival_losses:MarginLabelSmoothingLoss", "margin"),
+            Knob("margin", "m", default=10.0, low=2.0, high=20.0, log=True),
+            gradient_scale=_one,
+        ),
+        Loss(
+            "one-vs-rest",
+            "One-vs-rest sigmoid",
+            Make("penex.compare.rival_losses:OneVsRestLoss"),
+            gradient_scale=_one,
         ),
     )
 }

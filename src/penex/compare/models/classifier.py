@@ -54,6 +54,11 @@ class Classifier:
         who = parse_loss(model.loss)
         if OBJECT_NAME.fullmatch(model.network):
             known(model.network, "model")
+        if model.kind == "text" and model.network.startswith("transformers:"):
+            raise CompareError(
+                f"model: {model.network} cannot predict new texts, because its tokenizer is not "
+                "saved with it; its results are in the report"
+            )
         knob = math.nan if model.knob is None else model.knob
         self._link = who.loss.link(knob, len(model.classes))
         self._constrain = who.loss.constrain or (lambda logits: logits)
