@@ -417,7 +417,7 @@ def _entry(name: str) -> Loss:
 
         return user_loss(name, own)
     if OBJECT_NAME.fullmatch(name):
-        known(name, "losses")  # refuses it
+        known(name, "losses")  # raises
     close = difflib.get_close_matches(name, LOSSES, n=1)
     hint = f"; did you mean {close[0]}?" if close else "."
     raise CompareError(f"losses: no loss is called {name!r}{hint} Known: {', '.join(LOSSES)}.")
