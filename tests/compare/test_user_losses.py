@@ -195,7 +195,7 @@ def test_options_of_a_loss(
         ("penex(penalty_mode=wild)", "penalty_mode"),
         ("penex(ema=0..1,sensitivity=0.1..1)", "one option can be tuned, not 2"),
         ("penex(ema=1..0)", "expected ema=LOW..HIGH"),
-        ("penex(ema=0.1,ema=0.2)", "an option comes twice"),
+        ("penex(ema=0.1,ema=0.2)", "an option is repeated"),
         ("penex()", r"expected penex\(OPTION=VALUE, ...\)"),
         ("penex(ema)", r"expected penex\(OPTION=VALUE, ...\)"),
         ("penex(a=../../x)", "expected NAME"),

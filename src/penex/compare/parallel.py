@@ -53,7 +53,7 @@ def workers(
         )
     if execution.backend == "ray":
         if world_size() > 1:
-            raise CompareError("backend: a run over several devices has them all; leave out ray")
+            raise CompareError("backend: runs on several devices cannot use ray; leave it out")
         from penex.compare.training.ray_cluster import cluster
 
         with cluster(execution, folder, shared) as (jobs, each):

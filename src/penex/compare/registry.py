@@ -417,7 +417,7 @@ def _entry(name: str) -> Loss:
 
         return user_loss(name, own)
     if OBJECT_NAME.fullmatch(name):
-        known(name, "losses")  # refuses it
+        known(name, "losses")  # raises
     close = difflib.get_close_matches(name, LOSSES, n=1)
     hint = f"; did you mean {close[0]}?" if close else "."
     raise CompareError(f"losses: no loss is called {name!r}{hint} Known: {', '.join(LOSSES)}.")
@@ -449,7 +449,7 @@ def _with_options(loss: Loss, text: str) -> Candidate:
         raise CompareError(f"losses: expected {loss.name}(OPTION=VALUE, ...), got {text!r}")
     spec = f"{loss.name}({','.join('='.join(pair) for pair in pairs)})"
     if len({option for option, _ in pairs}) < len(pairs):
-        raise CompareError(f"losses: an option comes twice in {spec}")
+        raise CompareError(f"losses: an option is repeated in {spec}")
     ranges = [pair for pair in pairs if ".." in pair[1]]
     if len(ranges) > 1:
         raise CompareError(f"losses: {spec}: one option can be tuned, not {len(ranges)}")

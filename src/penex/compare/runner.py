@@ -84,7 +84,7 @@ def compare(
         )
         studies: Mapping[str, Study] = {}
         if config.tune:
-            from penex.compare.training.tune import open_studies  # Optuna: only where it is used
+            from penex.compare.training.tune import open_studies  # imports Optuna
 
             studies = open_studies(folder, config, dataset, execution)
         _print_forecast(config, folder, dataset, execution, studies, pool, display)
@@ -232,7 +232,7 @@ def _tune(
 
 
 def _train(task: Task, folder: Path, config: Config, dataset: Dataset, execution: Execution) -> str:
-    from penex.compare.training.run import run  # torch and Lightning: only the process that trains
+    from penex.compare.training.run import run  # imports torch and Lightning: only when training
 
     run(task, config, dataset, execution)
     record = on_rank_zero(lambda: read_record(task.folder))

@@ -17,7 +17,7 @@ from penex.inference import link
 CLASSES = 3
 """Number of classes of the batch on which a loss is checked."""
 SHARES = (0.5, 0.3, 0.15, 0.05)
-"""The class probabilities of :func:`fisher_error`."""
+"""The class probabilities that :func:`fisher_error` uses."""
 STEPS = 200
 _scales: "WeakKeyDictionary[nn.Module, float]" = WeakKeyDictionary()
 

@@ -114,7 +114,7 @@ class CausalHead:
         if not error <= (0.05 if half else 1e-3) * size:
             raise ValueError(
                 "model: its logits are not its last layer's output of its last hidden states "
-                f"(they differ by up to {error.item():.3g}, at a size of {size.item():.3g}), so "
+                f"(they differ by up to {error.item():.3g}; the largest is {size.item():.3g}), so "
                 "the loss cannot be computed without them"
             )
         self._checked = True

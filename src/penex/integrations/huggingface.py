@@ -191,13 +191,13 @@ class PENEXTrainer(Trainer):
             return None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "model: it is to be sharded; expected a causal language model to be whole on each "
-                "rank, for its last layer is used apart from it"
+                "model: expected a causal language model to be whole on each rank, because its "
+                "last layer is used separately, but this model is to be sharded"
             )
         if self.args.label_smoothing_factor != 0:
             raise ValueError(
                 "label_smoothing_factor: expected 0 for a causal language model, whose logits are "
-                f"not made, got {self.args.label_smoothing_factor}"
+                f"not computed, got {self.args.label_smoothing_factor}"
             )
         return CausalHead(self.model)
 
@@ -418,8 +418,8 @@ def fold(model: nn.Module | None, sensitivity: float, layer: str | None = None) 
 
 
 _ONE_DEVICE = (
-    "expected one process per device, as torchrun and accelerate launch start them, for "
-    "DataParallel, which a single process with several devices uses, scales the loss wrongly"
+    "expected one process per device, as started by torchrun or accelerate launch, because "
+    "DataParallel, which a single process with several devices uses, scales the loss incorrectly"
 )
 
 
@@ -449,8 +449,8 @@ def _labels(labels: Tensor | None) -> Tensor:
         raise ValueError("labels: expected the batch to have them, under 'labels'; got none")
     if labels.is_floating_point():
         raise ValueError(
-            f"labels: expected class indices, got {labels.dtype}; regression and several labels "
-            "per row are not what this loss is for"
+            f"labels: expected class indices, got {labels.dtype}; this loss supports neither "
+            "regression nor several labels per row"
         )
     return labels
 

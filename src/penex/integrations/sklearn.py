@@ -202,7 +202,7 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"y: expected two classes or more, got 1 class: {classes.tolist()}")
         if resume and not np.array_equal(classes, self.classes_):
             raise ValueError(
-                "y: warm_start goes on with the classes of the first fit, "
+                "y: with warm_start, expected the classes of the first fit, "
                 f"{self.classes_.tolist()}; got {classes.tolist()}"
             )
         self.classes_ = classes
@@ -413,7 +413,7 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             self.model_ = self._network()
         elif layers != self._layers:
             raise ValueError(
-                "module, hidden_layer_sizes: training goes on with the network there is, of "
+                "module, hidden_layer_sizes: training continues with the existing network, of "
                 f"{self._layers}; got {layers}"
             )
         if not (resume and loss == self._loss):  # the penalty means nothing to another loss
@@ -464,8 +464,8 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         else:
             if self.tol is not None and not once:
                 warnings.warn(
-                    f"max_iter: after {self.max_iter} epochs the log-loss still improved. Give "
-                    "more, or tol=None if this number is meant.",
+                    f"max_iter: after {self.max_iter} epochs the log-loss was still improving. "
+                    "Increase max_iter, or set tol=None to train for exactly this many epochs.",
                     ConvergenceWarning,
                     stacklevel=3,
                 )

@@ -39,22 +39,22 @@ def sample(data: str, folder: Path) -> None:
 
 
 def _cifar10(folder: Path) -> None:
-    _pictures(folder, "img", "label", 10, 32, {"train": 600, "test": 60})
+    _images(folder, "img", "label", 10, 32, {"train": 600, "test": 60})
 
 
 def _cifar100(folder: Path) -> None:
-    _pictures(folder, "img", "fine_label", 100, 32, {"train": 600, "test": 200})
+    _images(folder, "img", "fine_label", 100, 32, {"train": 600, "test": 200})
 
 
 def _imagenet(folder: Path) -> None:
-    _pictures(folder, "image", "label", 4, 40, {"train": 60, "validation": 20, "test": 4})
+    _images(folder, "image", "label", 4, 40, {"train": 60, "validation": 20, "test": 4})
 
 
-def _pictures(
+def _images(
     folder: Path, column: str, target: str, classes: int, size: int, parts: dict[str, int]
 ) -> None:
     """Write noise whose brightness depends on the class, as PNG in Parquet, as on the hub."""
-    need("--smoke on pictures", "data", "datasets", "PIL")
+    need("--smoke on images", "data", "datasets", "PIL")
     from datasets import ClassLabel, Features, Image
 
     names = [f"class {k}" for k in range(classes)]

@@ -438,7 +438,7 @@ def test_invalid_published_values_are_refused(folder: Path, wrong: dict[str, Any
         publish(folder, {"metric": "nll"})
     else:
         publish(folder, entry(**wrong))
-    with pytest.raises(CompareError, match=r"published\.json: an entry is not understood"):
+    with pytest.raises(CompareError, match=r"published\.json: an entry is invalid"):
         written(folder)
 
 

@@ -168,7 +168,7 @@ class _Run:
     rows: dict[tuple[str, str], dict[str, Floats]]
     """By selection and scaling: for each row, the metrics that are means over rows."""
     groups: dict[tuple[str, str], dict[str, Floats]]
-    """By selection and scaling: for each group of rows, the jackknife pseudo-values of metrics."""
+    """By selection and scaling: for each group of rows, the jackknife pseudo-values of a metric."""
 
     @property
     def key(self) -> Key:
@@ -284,7 +284,7 @@ class _Design:
     ) -> Estimate | None:
         """The estimate of the metric of one loss, or of the difference between two losses.
 
-        It is based on the runs that did not diverge; None if no run has a value.
+        It is based on the seeds at which no run of these losses diverged; None if there are none.
         """
         values = np.array([self.values(spec, selection, scaling, metric) for spec in specs])
         sign = np.array([1.0, -1.0])[: len(specs)]
@@ -381,7 +381,7 @@ def primary_scaling(selection: str) -> str:
 
 
 def _primary(design: _Design, summary: dict[str, Any]) -> dict[str, Any]:
-    """The decision for the primary metric, whose best loss is also marked in `summary`."""
+    """The decision for the primary metric; a starred loss is also marked in `summary`."""
     metric, selection = design.config.metric, design.config.select
     scaling = primary_scaling(selection)
     _, decision = _column(design, selection, scaling, metric)
@@ -459,7 +459,7 @@ def _published(folder: Path, config: Config, runs: Sequence[_Run]) -> list[dict[
                 raise ValueError(f"at {at!r}")
             published = {"value": float(entry["value"]), "source": str(entry["source"])}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CompareError(f"{path}: an entry is not understood ({error})") from None
+            raise CompareError(f"{path}: an entry is invalid ({error})") from None
         if spec not in config.losses:
             continue
         own = [run.record for run in runs if run.record["loss"] == spec]

@@ -107,7 +107,7 @@ def _load(source: str, data_dir: str | None) -> "dict[str, HubDataset]":
             f"expected hub:OWNER/NAME or hub:OWNER/NAME:CONFIGURATION, got {source!r}."
         )
     folder = Path(data_dir if hub and data_dir else name).expanduser()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as well
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -121,7 +121,7 @@ def _load(source: str, data_dir: str | None) -> "dict[str, HubDataset]":
         return dict(datasets.load_dataset("parquet", data_dir=str(folder)))
     except CompareError:
         raise
-    except Exception as error:  # of any library between the hub, its cache and Parquet
+    except Exception as error:  # from any library between the hub, its cache and Parquet
         cause: BaseException | None = error
         while cause is not None:
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -171,6 +171,6 @@ def _look(probe: Path) -> tuple[str, bool, str]:
 
 def _apart(host: str, folder: Path) -> str:
     return (
-        f"out: Ray's host {host} does not see {folder} of this one; choose a folder (--out) on a "
+        f"out: Ray's host {host} does not see this host's {folder}; choose a folder (--out) on a "
         "file system that all hosts of the cluster share"
     )

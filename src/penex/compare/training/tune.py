@@ -245,7 +245,7 @@ def tune(
     selects. With tuning, the test rows are the same at all seeds, so no trial has seen any of them.
     For the arguments see :class:`Study`.
     """
-    from penex.compare.training.run import run  # torch and Lightning: only the process that trains
+    from penex.compare.training.run import run  # imports torch and Lightning: only when training
 
     study = Study(folder, spec, config, dataset, execution, worker=worker, beat=beat)
     on_rank_zero(lambda: study.reclaim(own=True))
@@ -299,7 +299,7 @@ def _storage(folder: Path, url: str | None) -> BaseStorage:
     while True:
         try:
             return RDBStorage(url)
-        except Exception as error:  # of SQLAlchemy, or of the driver for this kind of database
+        except Exception as error:  # from SQLAlchemy, or from the driver of this kind of database
             left -= 1
             if left and isinstance(error, DBAPIError):
                 time.sleep(random.uniform(0.2, 1.0))  # noqa: S311
