@@ -87,7 +87,7 @@ def test_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     files = set(contents(built.wheel))
     assert {name for name in files if ".dist-info/" not in name} == expected
     assert {"penex/py.typed", "penex/compare/analysis/report.html.jinja"} < files
-    assert any(re.fullmatch(r"penex/compare/presets/.+\.yaml", name) for name in files)
+    assert any(re.fullmatch(r"penex/paper/presets/.+\.yaml", name) for name in files)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in files)
 
 
