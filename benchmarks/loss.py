@@ -18,7 +18,13 @@ from benchmarks import harness
 from benchmarks.harness import Results, Skipped, Strict, Timing
 from penex import PENEX, LogPENEX
 from penex._passes import LOG2E, pieces
-from penex.losses import ConfidencePenaltyLoss, FocalLoss
+from penex.losses import (
+    ConfidencePenaltyLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    GeneralizedCrossEntropyLoss,
+    ZLoss,
+)
 
 SHAPES = [(64, 10), (128, 100), (1024, 1000), (4096, 1000), (1024, 32000), (4, 21, 128, 128)]
 COMPILED = [(64, 10), (1024, 1000), (4096, 1000)]
@@ -85,6 +91,9 @@ def losses(classes: int, option: str, device: torch.device) -> dict[str, Loss]:
     if option == "plain":
         result |= {
             "naive": naive,
+            "cross-entropy by rows": CrossEntropyLoss(),
+            "z-loss": ZLoss(),
+            "generalised cross-entropy": GeneralizedCrossEntropyLoss(),
             "focal": FocalLoss(),
             "confidence penalty": ConfidencePenaltyLoss(),
         }

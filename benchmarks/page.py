@@ -42,13 +42,19 @@ OPTIONS = {
 }
 PENEX = "penex running"
 """The default mode."""
-PLAIN_LOSSES = (REFERENCE, PENEX, "log-penex", "naive", "focal", "confidence penalty")
+PLAIN_LOSSES = (
+    *(REFERENCE, PENEX, "log-penex", "naive", "cross-entropy by rows", "z-loss"),
+    *("generalised cross-entropy", "focal", "confidence penalty"),
+)
 PLOTTED = dict(zip(("focal", PENEX, "naive", "confidence penalty"), COLOURS[1:], strict=True))
 LABELS = {
     REFERENCE: "Cross-entropy",
     PENEX: "PENEX",
     "log-penex": "log-PENEX",
     "naive": "PENEX as published",
+    "cross-entropy by rows": "Cross-entropy of this package",
+    "z-loss": "z-loss",
+    "generalised cross-entropy": "Generalised cross-entropy",
     "focal": "Focal",
     "confidence penalty": "Confidence penalty",
 }
@@ -175,8 +181,9 @@ def situations(results: Results[LossRow]) -> str:
 
 
 def others(results: Results[LossRow]) -> str:
-    names = PLAIN_LOSSES[1:]
     found = _find(results, how="eager", option="plain", work="forward+backward")
+    measured = set.intersection(*map(set, found.values()))
+    names = [name for name in PLAIN_LOSSES[1:] if name in measured]
     lines = [
         [shape_name(shape), *(against(_ratio(rows[name])) for name in names)]
         for shape, rows in found.items()

@@ -50,6 +50,7 @@ sphinx_gallery_conf = {
     "capture_repr": (),  # a script shows what it prints and draws
     "image_srcset": ["2x"],
     "min_reported_time": 1,
+    "remove_config_comments": True,
     "write_computation_times": False,
 }
 

@@ -97,6 +97,7 @@ def test_run_has_every_loss_and_work(file: Path) -> None:
     assert {row.shape for row in results.rows} == {(6, 5)}
     losses = {"cross-entropy", "naive", "focal", "confidence penalty", "pass", "fresh pass"}
     losses |= {"penex running", "penex auto", "penex fixed", "log-penex"}
+    losses |= {"cross-entropy by rows", "z-loss", "generalised cross-entropy"}
     assert {(row.loss, row.work) for row in results.rows} == {
         (loss, work) for loss in losses for work in ("forward", "forward+backward")
     }

@@ -17,7 +17,7 @@ Reduction = Literal["mean", "sum", "none"]
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class LossArguments:
     """What a loss is called with, next to the logits, after :func:`validate`."""
 
@@ -75,7 +75,7 @@ def computed_in(input: Tensor) -> torch.dtype:
 
 def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
     """`value` as a float, refused unless finite and in [low, high] or (low, high]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     result = float(value)
     # Comparisons, for a compiler may make the number a symbol, and cannot trace isfinite of one.
@@ -109,6 +109,8 @@ def choice(name: str, value: object, options: tuple[str, ...]) -> str:
 
 def integer(name: str, value: object) -> int:
     """`value` as an int, refused unless it is one."""
+    if type(value) is int:  # the test for other kinds of integers takes a microsecond
+        return value
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     return int(value)
@@ -127,7 +129,6 @@ def smoothing(value: object) -> float:
 def validate(
     input: Tensor,
     target: Tensor,
-    *,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -203,6 +204,8 @@ def check_tensors(input: Tensor, target: Tensor) -> None:
     if input.ndim == 0:
         raise ValueError("input: expected shape (K), (N, K) or (N, K, d1, ...), got a 0-d tensor")
     check_device("target", target, input)
+    if target.dtype == torch.int64 and input.ndim == 2 and target.shape == input.shape[:1]:
+        return
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ValueError(

@@ -142,27 +142,9 @@ def linear_penex_loss(
     Equal to ``penex_loss(F.linear(input, weight, bias), target, ...)`` up to rounding; see
     :func:`linear_loss`, which it calls, and :func:`penex_loss`.
 
-    Args:
-        input: As in :func:`linear_loss`, like the arguments not listed here.
-        weight: As in :func:`linear_loss`.
-        target: As in :func:`linear_loss`.
-        bias: As in :func:`linear_loss`.
-        sensitivity: :math:`\alpha > 0`.
-        penalty: :math:`\rho > 0`, a number or a 0-d tensor. None estimates it from this batch. It
-            is never differentiated.
-        class_weight: :math:`w`, one for each class, not differentiated.
-        ignore_index: As in :func:`linear_loss`.
-        reduction: As in :func:`linear_loss`.
-        huberization: Threshold beyond which the exponential part continues linearly.
-        chunk_size: As in :func:`linear_loss`.
-        vocab_group: As in :func:`linear_loss`.
-        num_classes: As in :func:`linear_loss`.
-
-    Returns:
-        The loss: 0-d, or of shape (...) for ``reduction="none"``.
-
-    Raises:
-        TypeError, ValueError, IndexError: As :func:`linear_loss` and :func:`penex_loss`.
+    `sensitivity`, `penalty` and `huberization` are those of :func:`penex_loss`, `class_weight`,
+    :math:`w`, is its `weight`, and is not differentiated. The other arguments, the result and the
+    errors are those of :func:`linear_loss`.
 
     Example:
         >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -214,27 +196,10 @@ def sampled_linear_penex_loss(
     given: that of sampled softmax is not. An estimated penalty is a quotient, and biased by an
     amount that vanishes as `num_sampled` grows.
 
-    Args:
-        input: As in :func:`linear_loss`, like the arguments not listed here.
-        weight: As in :func:`linear_penex_loss`.
-        target: As in :func:`linear_penex_loss`.
-        bias: As in :func:`linear_penex_loss`.
-        num_sampled: m, how many classes are drawn, at least one.
-        sampler: ``"uniform"``, or ``"log-uniform"``: class k with probability
-            log((k + 2) / (k + 1)) / log(K + 1), for classes in the order of falling frequency.
-        sensitivity: As in :func:`linear_penex_loss`.
-        penalty: As in :func:`linear_penex_loss`.
-        class_weight: As in :func:`linear_penex_loss`.
-        ignore_index: As in :func:`linear_penex_loss`.
-        reduction: As in :func:`linear_penex_loss`.
-        huberization: As in :func:`linear_penex_loss`.
-        generator: Where the random numbers come from; None: torch's own for the device.
-
-    Returns:
-        The loss: 0-d, or of shape (...) for ``reduction="none"``.
-
-    Raises:
-        TypeError, ValueError, IndexError: As :func:`linear_penex_loss`.
+    `num_sampled` is m, at least one. `sampler` is ``"uniform"``, or ``"log-uniform"``: class k with
+    probability log((k + 2) / (k + 1)) / log(K + 1), for classes in the order of falling frequency.
+    `generator` is where the random numbers come from; None: torch's own for the device. The other
+    arguments, the result and the errors are those of :func:`linear_penex_loss`.
 
     Example:
         >>> hidden, weight = torch.ones(3, 2), torch.zeros(1000, 2)

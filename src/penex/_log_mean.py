@@ -11,9 +11,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ZERO_POWER = 1e-25
 """A power below this is zero: no logits that a float32 network has show the difference."""
+LEAST_POWER = 1e-2
+"""From this power on a log mean in float64 is as exact by the plain formula."""
 LARGEST_EXPONENT = 80.0
 """Beyond this float32 overflows."""
 LARGEST_GAP = 1e30
@@ -33,9 +36,15 @@ def log_mean(values: Tensor, weights: Tensor, power: float, dim: int) -> Tensor:
     """
     if values.shape[dim] == 0:
         return values.sum(dim).to(row_dtype(values))
-    has_weight = weights > 0
     total = weights.sum(dim, keepdim=True)
-    shares = weights / total.where(total != 0, 1)
+    if power >= LEAST_POWER and values.dtype == torch.float64 and not _differentiated():
+        limits = torch.finfo(values.dtype)
+        largest = values.amax(dim, keepdim=True).clamp(limits.min, limits.max)
+        exponent = power * (values - largest) + weights.log()
+        logarithm = exponent.logsumexp(dim, keepdim=True) - total.log()
+        return (largest + logarithm / power).masked_fill(total == 0, 0).squeeze(dim)
+    has_weight = weights > 0
+    shares = weights / (total + (total == 0))
     limits = torch.finfo(values.dtype)
     values = values.clamp(limits.min, limits.max)
     largest = values.detach().masked_fill(~has_weight, -math.inf).amax(dim, keepdim=True)
@@ -49,6 +58,12 @@ def log_mean(values: Tensor, weights: Tensor, power: float, dim: int) -> Tensor:
     close = near > -0.5
     logarithm = near.where(close, 0).log1p().where(close, far.where(~close, 1).log())
     return largest + logarithm.to(largest.dtype) / power
+
+
+def _differentiated() -> bool:
+    """Whether derivatives may be wanted, which the logarithm of a zero weight would spoil."""
+    functorch = torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() or functorch or forward_ad._current_level >= 0
 
 
 def excess(gap: Tensor, power: float, has_weight: Tensor) -> Tensor:

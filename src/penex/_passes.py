@@ -14,6 +14,8 @@ PIECE = 1 << 22
 LOG2E = 1 / math.log(2)
 """e^x is taken as 2^(x LOG2E): torch's exp2 is the faster one on the CPU."""
 
+WHOLE = slice(None)
+
 Pass = Callable[[Tensor, Tensor | None], Tensor]
 Reduce = Callable[[Tensor, slice], Tensor]
 
@@ -25,13 +27,18 @@ def pieces(input: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def part(x: Tensor, piece: slice) -> Tensor:
+    """The rows `piece`; without the time of a view where these are all."""
+    return x if piece is WHOLE else x[piece]
+
+
 def in_pieces(
     make: Pass, input: Tensor, keep: bool, *reduce: Reduce
 ) -> tuple[Tensor | None, list[Tensor]]:
     """What `make` does of the rows, if it is to be kept, and its reductions to the rows."""
     if input.nbytes <= PIECE:
         whole = make(input, None)
-        return whole if keep else None, [function(whole, slice(None)) for function in reduce]
+        return whole if keep else None, [function(whole, WHOLE) for function in reduce]
     kept = torch.empty_like(input, dtype=computed_in(input)) if keep else None
     parts = []
     for piece in pieces(input):

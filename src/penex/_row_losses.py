@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penex._inputs import Batch, Reduction
-from penex._log_mean import LARGEST_EXPONENT, excess, log_mean, row_dtype, share
-from penex._passes import constant
+from penex._log_mean import LARGEST_EXPONENT, LEAST_POWER, excess, log_mean, row_dtype, share
+from penex._passes import constant, powers
 from penex._penalty import LogSums, PenaltyRule, Resolved, gather_over_ranks
 
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -221,7 +221,7 @@ class RuleLoss(RowLoss):
             )
         value = value * row_factor(rows)
         if rows.weights is not None:
-            value = value.where(rows.weights != 0, 0)  # a rule need not be finite there
+            value = value.masked_fill(rows.weights == 0, 0)  # a rule need not be finite there
         return value.squeeze(1) if rows.reduction == "none" else value.sum()
 
 
@@ -235,7 +235,7 @@ def row_factor(rows: Rows) -> Tensor | float:
 
 def nonzero(divisor: Tensor | float) -> Tensor | float:
     """One in place of zero, so that the mean of nothing is 0."""
-    return divisor.where(divisor != 0, 1) if isinstance(divisor, Tensor) else divisor or 1.0
+    return divisor + (divisor == 0) if isinstance(divisor, Tensor) else divisor or 1.0
 
 
 # PENEX.
@@ -276,11 +276,11 @@ class Penex(RowLoss):
         log_dz = torch.as_tensor(
             log_factor + resolved.log_penalty, dtype=rows.t.dtype, device=rows.t.device
         )
-        a, z = torch.exp(log_slope + log_factor), torch.exp(rows.s + log_dz)
-        value = a * tail + z
-        value = value.squeeze(1) if rows.reduction == "none" else value.sum()
         log_dt = log_slope + (log_factor + math.log(self.alpha))
-        return Outcome(value, -self.alpha * a, z, log_dz, log_dt, resolved)
+        slope, z = torch.exp(log_dt), torch.exp(rows.s + log_dz)
+        value = slope * (tail / self.alpha) + z
+        value = value.squeeze(1) if rows.reduction == "none" else value.sum()
+        return Outcome(value, -slope, z, log_dz, log_dt, resolved)
 
     def defined(self, batch: Batch, rows: Rows, coupling: Any = None) -> Tensor:
         """The definition, class by class, as a gradient through s could overflow."""
@@ -342,19 +342,19 @@ class Penex(RowLoss):
         denominator: float | None,
         reduction: Reduction,
     ) -> Outcome | None:
-        a = (t * constant(-self.alpha, t.dtype)).exp_()
+        a = powers(t, None, -self.alpha)
         if weights is not None:
             a.mul_(weights)
             partition.mul_(weights)
         sum_a, sum_z = a.sum().item(), partition.sum().item()
         if denominator is None:
             denominator = float(t.numel()) if weights is None else weights.sum().item()
-        within = all(1 / SAFE < x < SAFE for x in (sum_a, sum_z, denominator))
-        if not within:
+        least, most = min(sum_a, sum_z, denominator), max(sum_a, sum_z, denominator)
+        if not 1 / SAFE < least <= most < SAFE or math.isnan(sum_a + sum_z):
             return None
         rho = self.penalty.value(sum_a, sum_z)
         divisor = self.scale * (denominator if reduction == "mean" else 1.0)
-        value = torch.scalar_tensor((sum_a + rho * sum_z) / divisor, dtype=t.dtype, device=t.device)
+        value = torch.scalar_tensor((sum_a + rho * sum_z) / divisor, dtype=t.dtype, device="cpu")
         dz = rho / divisor
         return Outcome(
             value,
@@ -375,8 +375,6 @@ def _log_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 # Log-PENEX.
 
-LEAST_POWER = 1e-2
-"""From this power on a log mean in float64 is as exact by the plain formula."""
 SAFE_FACTOR = 1e15
 """Between 1 / SAFE_FACTOR and SAFE_FACTOR products of two of them are right in float32."""
 LEAST_SUM = 1e-280
@@ -441,9 +439,7 @@ class LogPenex(RowLoss):
             denominator = numbers[3].mean()
         elif rows.reduction == "none":
             a, b = a.detach(), b.detach()  # no_grad would leave forward mode's derivatives in place
-        if rows.reduction != "mean":
-            return LogMeans(a, b, 1.0)
-        return LogMeans(a, b, denominator.where(denominator != 0, 1))
+        return LogMeans(a, b, nonzero(denominator) if rows.reduction == "mean" else 1.0)
 
     def can_use_partition(self, reduction: Reduction) -> bool:
         exact = all(power == 0 or power >= LEAST_POWER for power in (self.alpha, self.beta))
@@ -461,7 +457,7 @@ class LogPenex(RowLoss):
         if not 1 / SAFE_FACTOR < least.item() <= most.item() < SAFE_FACTOR:
             return None
         z, t64 = partition.double(), t.double()
-        a = (t64 * constant(-self.alpha, t64.dtype)).exp_()
+        a = powers(t64, None, -self.alpha)
         dz = z.pow(self.beta - 1)  # a row's part of sum_i w_i Z_i^beta, over Z_i
         if weights is not None:
             a.mul_(weights)
@@ -475,7 +471,7 @@ class LogPenex(RowLoss):
         scale = total
         if reduction == "mean":
             scale = 1.0 if denominator is None else total / denominator
-        value = torch.scalar_tensor((label + mean) * scale, dtype=t.dtype, device=t.device)
+        value = torch.scalar_tensor((label + mean) * scale, dtype=t.dtype, device="cpu")
         return Outcome(value, a.mul_(-scale / sum_a), dz.mul_(scale / sum_z))
 
     def relative_slopes(self, rows: Rows) -> Tensor:

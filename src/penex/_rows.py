@@ -24,9 +24,11 @@ from penex import _passes
 from penex._inputs import Batch, LossArguments, can_inspect, computed_in, prepare, refuse_labels
 from penex._log_mean import row_dtype
 from penex._passes import (
+    WHOLE,
     Pass,
     in_pieces,
     log_softmax,
+    part,
     pieces,
     powers,
     powers_from,
@@ -34,10 +36,11 @@ from penex._passes import (
     softmax,
 )
 from penex._row_losses import Outcome, RowLoss, Rows
-from penex._targets import WHOLE, Labels, SoftTargets
+from penex._targets import Labels, SoftTargets
 
 SMALL = 1 << 15
 """So few logits that memory does not matter."""
+_DENSE = torch._C.DispatchKey.Dense  # what a tensor that stands for a batch of them lacks
 LEAST_PROBABILITY = 1e-30
 """A probability from here on has all its digits, and so has its logarithm."""
 
@@ -122,7 +125,7 @@ def rows_of(batch: Batch, arguments: LossArguments, loss: RowLoss) -> Rows:
 def log_partition(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit of each row, and log sum_j e^f from there, in :func:`row_dtype`."""
     largest = logits.detach().amax(1, keepdim=True)
-    largest = largest.where(largest > -math.inf, 0)
+    largest = largest.masked_fill(largest == -math.inf, 0)
     log_sum = (logits - largest).exp().sum(1, keepdim=True).to(row_dtype(logits)).log()
     return largest.to(log_sum.dtype), log_sum
 
@@ -167,33 +170,28 @@ class _ByRows(Function):
         else:
             target = Labels(input, arguments)
             found = _evaluate_labels(input, target, arguments, loss, keep)
+        ctx.arguments, ctx.loss, ctx.target, ctx.found = arguments, loss, target, found
         # The target and the class weights, so that changes before the backward are noticed.
         ctx.save_for_backward(input, arguments.target, arguments.weight if arguments.soft else None)
-        ctx.kept, ctx.found = found.kept, found._replace(kept=None)
-        ctx.arguments, ctx.loss, ctx.target = arguments, loss, target
-        return found.outcome.value.to(computed_in(input))
+        value, dtype = found.outcome.value, computed_in(input)
+        return value if value.dtype == dtype else value.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, *_ = ctx.saved_tensors
         found: _Evaluation = ctx.found
         factor: Tensor | float = grad.unsqueeze(1) if grad.ndim else grad
-        exact = True
-        if grad.ndim == 0 and _is_dense(grad) and can_inspect(input):
+        dense, exact = torch._C._dispatch_keys(grad).has(_DENSE), True
+        if dense and grad.ndim == 0 and can_inspect(input):
             factor = grad.item()
             # So large a factor would bring up what underflow has taken from the exponentials.
             exact = found.make is not powers or 1e-15 < abs(factor) < 1e15
-        if torch.is_grad_enabled() or not _is_dense(grad) or not exact:
-            arguments: LossArguments = ctx.arguments
+        if torch.is_grad_enabled() or not dense or not exact:
             coupling = found.outcome.coupling
-            return _differentiable(input, grad, arguments, ctx.loss, coupling), None, None
-        kept, ctx.kept = ctx.kept, None
-        return _gradient(input, found._replace(kept=kept), ctx.target, factor), None, None
-
-
-def _is_dense(grad: Tensor) -> bool:
-    """Whether this is one gradient, and does not stand for a batch of them."""
-    return torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.Dense)
+            return _differentiable(input, grad, ctx.arguments, ctx.loss, coupling), None, None
+        if found.kept is not None:  # it becomes the gradient, once
+            ctx.found = _Evaluation(found.outcome, found.make, None)
+        return _gradient(input, found, ctx.target, factor), None, None
 
 
 def _evaluate_labels(
@@ -201,7 +199,7 @@ def _evaluate_labels(
 ) -> _Evaluation:
     t, inspect = target.select(input), can_inspect(input)
     if inspect and loss.can_use_partition(arguments.reduction):
-        kept, (partition,) = in_pieces(powers, input, keep, lambda made, _: made.sum(1, True))
+        kept, (partition,) = in_pieces(powers, input, keep, _sum)
         outcome = _from_partition(t, partition, target, arguments, loss)
         if outcome is not None:
             return _Evaluation(outcome, powers, kept)
@@ -212,7 +210,7 @@ def _evaluate_labels(
     else:
         make, kept = log_softmax, torch.log_softmax(input, 1, dtype=t.dtype)
         t, log_p = t.to(row_dtype(t)), kept.gather(1, target.index).to(row_dtype(t))
-        s = (t - log_p).where(t > -math.inf, 0)
+        s = (t - log_p).masked_fill(t == -math.inf, 0)
     if target.skipped is not None:
         t, s, log_p = (x.masked_fill(target.skipped, 0) for x in (t, s, log_p))
     outcome = loss.on_rows(_rows(t, s, log_p, target, arguments, input.shape[1]))
@@ -247,7 +245,7 @@ def _evaluate_soft(
         t = target.logit(input)
         if t is None:
             raise _InexactError
-        kept, (partition,) = in_pieces(powers, input, keep, lambda made, _: made.sum(1, True))
+        kept, (partition,) = in_pieces(powers, input, keep, _sum)
         outcome = _from_partition(t, partition, target, arguments, loss)
         if outcome is None:
             raise _InexactError
@@ -262,6 +260,10 @@ def _evaluate_soft(
         s = s.masked_fill(target.skipped, 0)
     outcome = loss.on_rows(_rows(s + log_p, s, log_p, target, arguments, input.shape[1]))
     return _Evaluation(outcome, log_softmax, kept)
+
+
+def _sum(made: Tensor, piece: slice) -> Tensor:
+    return made.sum(1, True)
 
 
 def _from_partition(
@@ -296,7 +298,8 @@ def _gradient(
     outcome, make, kept = found
     dtype = computed_in(input)
     dt = _times(outcome.dt, factor, dtype)
-    dt = torch.as_tensor(dt, dtype=dtype, device=input.device).expand(input[:, :1].shape)
+    if not isinstance(dt, Tensor) or dt.ndim == 0:
+        dt = torch.as_tensor(dt, dtype=dtype, device=input.device).expand(input[:, :1].shape)
     exponents: Tensor | None = None
     scale: Tensor | float | None
     if make is None:
@@ -305,33 +308,33 @@ def _gradient(
     else:
         scale = _times(outcome.ds, factor, dtype)
     # In pieces where something would be made that is not kept, on the CPU.
-    whole = (kept is not None and isinstance(target, Labels)) or not can_inspect(input)
-    whole = whole or input.nbytes <= _passes.PIECE
+    whole = input.nbytes <= _passes.PIECE or (kept is not None and isinstance(target, Labels))
+    whole = whole or not can_inspect(input)
     result = torch.empty_like(input) if kept is None else kept
     for piece in [WHOLE] if whole else pieces(input):
-        x = input[piece]
+        x = part(input, piece)
         if make is None:
-            part = powers_from(x, _of(exponents, piece))
+            made = powers_from(x, _of(exponents, piece))
         else:
-            part = make(x, None) if kept is None else kept[piece]
+            made = make(x, None) if kept is None else part(kept, piece)
         if make is log_softmax:
-            part.exp_()
+            made.exp_()
         if scale is not None:
-            part.mul_(_of(scale, piece))
-        target.add_to(part, x, piece, dt)
+            made.mul_(_of(scale, piece))
+        target.add_to(made, x, piece, dt)
         if target.skipped is not None:
-            part.masked_fill_(target.skipped[piece], 0)
+            made.masked_fill_(part(target.skipped, piece), 0)
         if whole:
-            return part.to(input.dtype)
+            return made if made.dtype == input.dtype else made.to(input.dtype)
         if kept is None:
-            result[piece] = part
+            result[piece] = made
     return result.to(input.dtype)
 
 
 def _times(slope: Tensor | float, factor: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-    if not (isinstance(factor, float) and factor == 1):
+    if isinstance(factor, Tensor) or factor != 1:
         slope = slope * factor
-    return slope.to(dtype) if isinstance(slope, Tensor) else slope
+    return slope.to(dtype) if isinstance(slope, Tensor) and slope.dtype != dtype else slope
 
 
 def _times_log(log_slope: Tensor, factor: Tensor | float) -> tuple[Tensor, Tensor | float | None]:
@@ -345,7 +348,7 @@ def _times_log(log_slope: Tensor, factor: Tensor | float) -> tuple[Tensor, Tenso
 
 def _of(x: Any, piece: slice) -> Any:
     """The rows `piece` of one number for each row, or the one number for all."""
-    return x[piece] if isinstance(x, Tensor) and x.ndim else x
+    return part(x, piece) if isinstance(x, Tensor) and x.ndim else x
 
 
 # The same for a compiler.
@@ -396,8 +399,8 @@ class _Traced(Function):
         # The label's part by comparison: a scatter would be a pass over the memory of its own.
         classes = torch.arange(input.shape[1], device=input.device)
         is_label = classes.view(-1, *[1] * (input.ndim - 2)) == index
-        part = torch.exp(input.to(dt.dtype) + exponents) * (scale * grad)
+        made = torch.exp(input.to(dt.dtype) + exponents) * (scale * grad)
         if skipped is not None:
-            part = part.masked_fill(skipped, 0)
-        gradient = part + (dt * grad).where(is_label, 0)
+            made = made.masked_fill(skipped, 0)
+        gradient = made + (dt * grad).where(is_label, 0)
         return gradient.to(input.dtype), *[None] * 6

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from penex._inputs import LossArguments, can_inspect, computed_in, smooth
 from penex._log_mean import row_dtype
-from penex._passes import in_pieces, powers, powers_from
+from penex._passes import WHOLE, in_pieces, part, powers, powers_from
 
 EXACT_RANGE = 1e30
 """Between 1 / EXACT_RANGE and EXACT_RANGE a row's sum of exponentials is right in float32."""
 LEAST_POWER = 0.05
 """Below this power a log mean loses digits, when the logarithm is divided by it."""
-WHOLE = slice(None)
 
 
 class Labels:
@@ -46,12 +45,12 @@ class Labels:
 
     def select(self, values: Tensor, piece: slice = WHOLE) -> Tensor:
         """`values` (N, K, d1, ...) at the labels, in float32 or float64."""
-        selected = values.gather(1, self.index[piece])
+        selected = values.gather(1, part(self.index, piece))
         return selected.float() if selected.dtype.itemsize < 4 else selected
 
     def add_to(self, gradient: Tensor, x: Tensor, piece: slice, dt: Tensor) -> None:
         """Add dt v of the rows `piece`, whose logits are `x`, to their gradient."""
-        gradient.scatter_add_(1, self.index[piece], dt[piece])
+        gradient.scatter_add_(1, part(self.index, piece), part(dt, piece))
 
 
 def _all_kept(arguments: LossArguments) -> bool:
@@ -117,18 +116,18 @@ class SoftTargets:
     def mean(self, values: Tensor, piece: slice = WHOLE) -> Tensor:
         """sum_j m_ij values_ij / omega_i of the rows `piece`; 0 where omega is 0."""
         if self.probabilities is not None:
-            q = self.probabilities[piece].to(values.dtype)
+            q = part(self.probabilities, piece).to(values.dtype)
             result = (self._weighted(q) * values).sum(1, True)
         else:
-            at_label = values.gather(1, self.labels.index[piece])
+            at_label = values.gather(1, part(self.labels.index, piece))
             if self.labels.weights is not None:
-                at_label = at_label * self.labels.weights[piece]
+                at_label = at_label * part(self.labels.weights, piece)
             others = values if self.class_weights is None else values * self.class_weights
             result = others.sum(1, True).mul_(self.share)
             result.add_(at_label, alpha=1 - self.smoothing)
         if self.weights is not None:
-            result = result / self.weights[piece]
-        return result if self.skipped is None else result.masked_fill(self.skipped[piece], 0)
+            result = result / part(self.weights, piece)
+        return result if self.skipped is None else result.masked_fill(part(self.skipped, piece), 0)
 
     def logit(self, input: Tensor) -> Tensor | None:
         """t, in :func:`row_dtype`; None: by sums of exponentials it cannot be had exactly."""
@@ -153,20 +152,22 @@ class SoftTargets:
 
     def add_to(self, gradient: Tensor, x: Tensor, piece: slice, dt: Tensor) -> None:
         """Add dt v of the rows `piece`, whose logits are `x`, to their gradient."""
-        slope = dt[piece]
+        slope = part(dt, piece)
         if self.weights is not None:
-            slope = slope / self.weights[piece]
+            slope = slope / part(self.weights, piece)
         if self.skipped is not None:
-            slope = slope.masked_fill(self.skipped[piece], 0)
+            slope = slope.masked_fill(part(self.skipped, piece), 0)
         values = None
         if self.t is not None:
-            values = powers_from(x, self.alpha * self.t[piece], -self.alpha)
+            values = powers_from(x, self.alpha * part(self.t, piece), -self.alpha)
         if self.probabilities is not None:
-            weighted = self._weighted(self.probabilities[piece].to(gradient.dtype))
+            weighted = self._weighted(part(self.probabilities, piece).to(gradient.dtype))
             gradient.addcmul_(weighted if values is None else values.mul_(weighted), slope)
             return
-        index = self.labels.index[piece]
-        at_label = slope if self.labels.weights is None else slope * self.labels.weights[piece]
+        index = part(self.labels.index, piece)
+        at_label = (
+            slope if self.labels.weights is None else slope * part(self.labels.weights, piece)
+        )
         if values is not None:
             at_label = at_label * values.gather(1, index)
         others = self.class_weights

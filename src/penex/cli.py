@@ -503,7 +503,7 @@ def _list(console: Terminal) -> None:
 def _reproduced(console: Terminal, folder: Path, results: "dict[str, dict[str, Any]]") -> None:
     from penex.compare.analysis import tables
     from penex.compare.files import read_json
-    from penex.compare.registry import contender
+    from penex.compare.registry import parse_loss
     from penex.paper.reproduce import FILE
 
     for experiment, each in results.items():
@@ -523,7 +523,7 @@ def _reproduced(console: Terminal, folder: Path, results: "dict[str, dict[str, A
         for each in curves["distances"]:
             if each["rms"] is not None:
                 console.print(
-                    f"{contender(each['loss']).label}: validation NLL is {each['rms']:.3f} from "
+                    f"{parse_loss(each['loss']).label}: validation NLL is {each['rms']:.3f} from "
                     f"the published curve (root mean square of epochs {each['first']} to "
                     f"{each['last']}; {curves['source']})"
                 )

@@ -137,15 +137,7 @@ def penex_loss(
     else:
         rule = GivenPenalty(penalty)
     loss = row_losses.Penex(alpha, rule, log_threshold(huberization), normalize)
-    return evaluate(
-        input,
-        target,
-        loss,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    return evaluate(input, target, loss, weight, ignore_index, reduction, label_smoothing)
 
 
 def log_penex_loss(
@@ -184,28 +176,17 @@ def log_penex_loss(
     those of :func:`penex_loss`. The sum is :math:`W J`, and so the mean is J times W over the
     denominator of ``cross_entropy``; they differ with class weights in soft targets alone.
 
-    Args:
-        input: Logits, floating point, shape (K), (N, K) or (N, K, d1, ...). Computed in float32,
-            or float64 if that is the input's dtype; the gradient has the input's dtype.
-        target: As in :func:`penex_loss`, like the arguments not listed here.
-        sensitivity: :math:`\alpha \ge 0`. Larger values weigh badly classified samples more.
-        power: :math:`\beta \ge 0`. Larger values hold the partitions of the samples together.
-        weight: As in :func:`penex_loss`.
-        ignore_index: As in :func:`penex_loss`.
-        reduction: ``"mean"``, ``"sum"``, or ``"none"``: the rows of the tangent of the sum, which
-            are those of cross-entropy at :math:`\alpha = \beta = 0`. The two logarithms of the
-            batch, a and b, are constants in them; the rows add up to the sum, and their gradients
-            to its gradient:
-            :math:`\omega_i(a+b) + \sum_k w_k q_{ik} (e^{-\alpha (f_{ik} + a)} - 1)/\alpha
-            + \omega_i (Z_i^\beta e^{-\beta b} - 1)/\beta`.
-        label_smoothing: As in :func:`penex_loss`.
+    `sensitivity` is :math:`\alpha \ge 0`, larger values of which weigh badly classified samples
+    more, and `power` is :math:`\beta \ge 0`, larger values of which hold the partitions of the
+    samples together. The other arguments and the errors are those of :func:`penex_loss`.
 
     Returns:
-        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
-
-    Raises:
-        TypeError, ValueError, IndexError: As :func:`penex_loss`, except that `sensitivity` may be
-            zero; also if `power` is not a finite number >= 0.
+        The loss, 0-d; for ``reduction="none"``, of the index target's shape, the rows of the
+        tangent of the sum, which are those of cross-entropy at :math:`\alpha = \beta = 0`. The two
+        logarithms of the batch, a and b, are constants in them; the rows add up to the sum, and
+        their gradients to its gradient:
+        :math:`\omega_i(a+b) + \sum_k w_k q_{ik} (e^{-\alpha (f_{ik} + a)} - 1)/\alpha
+        + \omega_i (Z_i^\beta e^{-\beta b} - 1)/\beta`.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -217,10 +198,10 @@ def log_penex_loss(
         input,
         target,
         row_losses.LogPenex(alpha, number("power", power, 0.0, math.inf)),
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
+        weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
     )
 
 
@@ -238,32 +219,14 @@ def cross_entropy(
     Equal to :func:`torch.nn.functional.cross_entropy` in every option, with the two differences of
     :func:`penex_loss`; faster on the CPU from about a thousand classes on.
 
-    Args:
-        input: As in :func:`penex_loss`, like the arguments not listed here.
-        target: As in :func:`penex_loss`.
-        weight: As in :func:`penex_loss`.
-        ignore_index: As in :func:`penex_loss`.
-        reduction: As in :func:`penex_loss`.
-        label_smoothing: As in :func:`penex_loss`.
-
-    Returns:
-        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
-
-    Raises:
-        TypeError, ValueError, IndexError: As :func:`penex_loss`.
+    Arguments, result and errors are those of :func:`penex_loss`.
 
     Example:
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))  # log 2
         tensor(0.6931)
     """
     return evaluate(
-        input,
-        target,
-        row_losses.CrossEntropy(),
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
+        input, target, row_losses.CrossEntropy(), weight, ignore_index, reduction, label_smoothing
     )
 
 
@@ -282,18 +245,10 @@ def row_loss(
     indices are functions of t and s alone, and :math:`\log p_{i y_i} = t_i - s_i`. The logits are
     passed over once forward and once backward, whatever the rule.
 
-    Args:
-        input: As in :func:`penex_loss`, like the arguments not listed here.
-        target: Class indices, or integer one-hot labels of the input's shape.
-        rule: A differentiable function of (true_logit, log_partition) that returns one value a row.
-            Both are float64 (float32 on MPS) and of one shape, and so must the values be. Each
-            value must depend on its own row alone.
-        weight: As in :func:`penex_loss`.
-        ignore_index: As in :func:`penex_loss`.
-        reduction: As in :func:`penex_loss`.
-
-    Returns:
-        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
+    `rule` is a differentiable function of (true_logit, log_partition) that returns one value a row.
+    Both are float64 (float32 on MPS) and of one shape, and so must the values be. Each value must
+    depend on its own row alone. The other arguments are those of :func:`penex_loss`, but `target`
+    has class indices or integer one-hot labels.
 
     Raises:
         TypeError, ValueError, IndexError: As :func:`penex_loss`; also if `target` has class
@@ -310,14 +265,7 @@ def row_loss(
     if not callable(rule):
         raise TypeError(f"rule: expected a function, got {type(rule).__name__}")
     check_labels(target)
-    return evaluate(
-        input,
-        target,
-        row_losses.RuleLoss(rule),
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
+    return evaluate(input, target, row_losses.RuleLoss(rule), weight, ignore_index, reduction)
 
 
 def estimate_penalty(
@@ -341,24 +289,12 @@ def estimate_penalty(
     clamped to [`penalty_min`, `penalty_max`]. It is the :math:`\rho` at which adding one constant
     to all logits leaves the loss stationary, as long as nothing is huberized (derived).
 
-    Args:
-        input: As in :func:`penex_loss`, like the arguments not listed here.
-        target: As in :func:`penex_loss`.
-        sensitivity: As in :func:`penex_loss`.
-        weight: As in :func:`penex_loss`.
-        ignore_index: As in :func:`penex_loss`.
-        label_smoothing: As in :func:`penex_loss`.
-        huberization: As in :func:`penex_loss`; the exponential part is huberized before it is
-            summed.
-        penalty_min: Smallest value returned, > 0.
-        penalty_max: Largest value returned, at least `penalty_min`.
+    A huberized exponential part is huberized before it is summed. The arguments not in the formula
+    and the errors are those of :func:`penex_loss`; `penalty_min` must be above zero and at most
+    `penalty_max`.
 
     Returns:
         0-d tensor, float32, or float64 for float64 input; NaN if no row was kept.
-
-    Raises:
-        TypeError, ValueError, IndexError: As :func:`penex_loss`; also if
-            `penalty_min` > `penalty_max`.
 
     Example:
         >>> estimate_penalty(torch.zeros(3, 4), torch.tensor([0, 1, 2]), sensitivity=0.5)
@@ -367,13 +303,7 @@ def estimate_penalty(
     bounds = Bounds.checked(sensitivity, penalty_min, penalty_max)
     rule = EstimatedPenalty(bounds)
     loss = row_losses.Penex(bounds.sensitivity, rule, log_threshold(huberization))
-    input, arguments = validate(
-        input,
-        target,
-        weight=weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-    )
+    input, arguments = validate(input, target, weight, ignore_index, "mean", label_smoothing)
     if input.numel() == 0:
         return input.new_full((), math.nan, dtype=computed_in(input))
     sums = loss.estimate_sums(prepare(input, arguments))
@@ -440,34 +370,15 @@ def focal_loss(
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002;
     the sum over classes is its usual extension to soft targets. ``gamma=0`` is cross-entropy.
 
-    Args:
-        input: As in :func:`penex_loss`, like the arguments not listed here.
-        target: As in :func:`penex_loss`.
-        gamma: Focusing parameter, >= 0.
-        weight: As in :func:`penex_loss`.
-        ignore_index: As in :func:`penex_loss`.
-        reduction: As in :func:`penex_loss`.
-        label_smoothing: As in :func:`penex_loss`.
-
-    Returns:
-        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
-
-    Raises:
-        TypeError, ValueError, IndexError: As :func:`penex_loss`; also if `gamma` < 0.
+    `gamma` :math:`\ge 0` is the focusing parameter. The other arguments, the result and the errors
+    are those of :func:`penex_loss`.
 
     Example:
         >>> focal_loss(torch.zeros(1, 2), torch.tensor([0]), gamma=1.0)  # log(2) / 2
         tensor(0.3466)
     """
     gamma = number("gamma", gamma, 0.0, math.inf)
-    logits, arguments = validate(
-        input,
-        target,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    logits, arguments = validate(input, target, weight, ignore_index, reduction, label_smoothing)
     if not arguments.soft:
         return like_input(loss_of(logits, arguments, row_losses.Focal(gamma)), input, reduction)
     batch = prepare(logits, arguments)
@@ -499,35 +410,16 @@ def confidence_penalty_loss(
     Distributions", 2017, arXiv 1701.06548. ``strength=0`` is cross-entropy; the loss may be
     negative.
 
-    Args:
-        input: As in :func:`penex_loss`, like the arguments not listed here.
-        target: As in :func:`penex_loss`.
-        strength: :math:`\beta \ge 0`.
-        weight: As in :func:`penex_loss`; a row's entropy has the weight :math:`\omega_i` of its
-            target, as in the penalty of PENEX.
-        ignore_index: As in :func:`penex_loss`.
-        reduction: As in :func:`penex_loss`.
-        label_smoothing: As in :func:`penex_loss`.
-
-    Returns:
-        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
-
-    Raises:
-        TypeError, ValueError, IndexError: As :func:`penex_loss`; also if `strength` < 0.
+    `strength` is :math:`\beta \ge 0`. A row's entropy has the weight :math:`\omega_i` of its
+    target, as in the penalty of PENEX. The other arguments, the result and the errors are those of
+    :func:`penex_loss`.
 
     Example:
         >>> confidence_penalty_loss(torch.zeros(1, 2), torch.tensor([0]), strength=0.5)
         tensor(0.3466)
     """
     strength = number("strength", strength, 0.0, math.inf)
-    logits, arguments = validate(
-        input,
-        target,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    logits, arguments = validate(input, target, weight, ignore_index, reduction, label_smoothing)
     batch = prepare(logits, arguments)
     log_p = F.log_softmax(batch.logits, 1)
     finite = log_p.where(log_p > -math.inf, 0.0)  # p log p is 0 at p = 0
@@ -556,21 +448,9 @@ def z_loss(
     Source: Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, arXiv
     2204.02311, section 5, with :math:`\lambda = 10^{-4}`. ``strength=0`` is cross-entropy.
 
-    Args:
-        input: As in :func:`penex_loss`, like the arguments not listed here.
-        target: As in :func:`penex_loss`.
-        strength: :math:`\lambda \ge 0`.
-        weight: As in :func:`penex_loss`; a row's partition has the weight :math:`\omega_i` of its
-            target, as in the penalty of PENEX.
-        ignore_index: As in :func:`penex_loss`.
-        reduction: As in :func:`penex_loss`.
-        label_smoothing: As in :func:`penex_loss`.
-
-    Returns:
-        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
-
-    Raises:
-        TypeError, ValueError, IndexError: As :func:`penex_loss`; also if `strength` < 0.
+    `strength` is :math:`\lambda \ge 0`. A row's partition has the weight :math:`\omega_i` of its
+    target, as in the penalty of PENEX. The other arguments, the result and the errors are those of
+    :func:`penex_loss`.
 
     Example:
         >>> z_loss(torch.zeros(1, 2), torch.tensor([0]), strength=0.5)  # log(2) + log(2)^2 / 2
@@ -580,10 +460,10 @@ def z_loss(
         input,
         target,
         row_losses.ZPenalty(number("strength", strength, 0.0, math.inf)),
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
+        weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
     )
 
 
@@ -602,20 +482,8 @@ def generalized_cross_entropy_loss(
     Noisy Labels", NeurIPS 2018, arXiv 1805.07836. q = 1 is the mean absolute error of the
     probability; q towards 0, cross-entropy.
 
-    Args:
-        input: As in :func:`penex_loss`, like the arguments not listed here.
-        target: Class indices, or integer one-hot labels of the input's shape.
-        q: In (0, 1].
-        weight: As in :func:`penex_loss`.
-        ignore_index: As in :func:`penex_loss`.
-        reduction: As in :func:`penex_loss`.
-
-    Returns:
-        The loss: 0-d, or of the index target's shape for ``reduction="none"``.
-
-    Raises:
-        TypeError, ValueError, IndexError: As :func:`penex_loss`; also if q is out of its range, or
-            `target` has class probabilities.
+    `target` has class indices or integer one-hot labels, not probabilities. The other arguments,
+    the result and the errors are those of :func:`penex_loss`.
 
     Example:
         >>> generalized_cross_entropy_loss(torch.zeros(1, 2), torch.tensor([0]), q=1.0)
@@ -626,9 +494,9 @@ def generalized_cross_entropy_loss(
         input,
         target,
         row_losses.GeneralizedCrossEntropy(number("q", q, 0.0, 1.0, open_low=True)),
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
+        weight,
+        ignore_index,
+        reduction,
     )
 
 
@@ -636,21 +504,13 @@ def evaluate(
     input: Tensor,
     target: Tensor,
     loss: RowLoss,
-    *,
     weight: Tensor | None,
     ignore_index: int,
     reduction: str,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Any loss of the rows' numbers, with the options of cross-entropy."""
-    logits, arguments = validate(
-        input,
-        target,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    logits, arguments = validate(input, target, weight, ignore_index, reduction, label_smoothing)
     return like_input(loss_of(logits, arguments, loss), input, reduction)
 
 
@@ -673,7 +533,7 @@ def _reduced(rows: Tensor, batch: Batch, reduction: str) -> Tensor:
         return rows
     if reduction == "sum":
         return rows.sum()
-    return rows.sum() / batch.denominator.where(batch.denominator != 0, 1)
+    return rows.sum() / row_losses.nonzero(batch.denominator)
 
 
 def like_input(value: Tensor, input: Tensor, reduction: str) -> Tensor:

@@ -177,29 +177,14 @@ class LinearPENEX(_PenaltyMixin, _LinearHead):
         num_classes: K, the number of all classes.
         bias: Whether there is one.
         class_weight: :math:`w`, shape (K).
-        sensitivity: As in :class:`penex.PENEX`, like the arguments not listed here.
-        penalty_mode: As in :class:`penex.PENEX`.
-        penalty: As in :class:`penex.PENEX`.
-        penalty_min: As in :class:`penex.PENEX`.
-        penalty_max: As in :class:`penex.PENEX`.
-        ema: As in :class:`penex.PENEX`.
-        huberization: As in :class:`penex.PENEX`.
-        ignore_index: As in :class:`penex.PENEX`.
-        reduction: As in :class:`penex.PENEX`.
-        process_group: As in :class:`penex.PENEX`: ranks with other rows.
-        chunk_size: As in :func:`penex.functional.linear_penex_loss`.
-        vocab_group: Ranks with the same rows, which share the classes, as in
-            :func:`penex.functional.linear_penex_loss`; this module holds the share of this rank.
-            With the same seed on all ranks they start as one layer.
         num_sampled: If given, in training the penalty is estimated from so many classes, by
             :func:`penex.functional.sampled_linear_penex_loss`; in evaluation it is exact.
         sampler: ``"uniform"`` or ``"log-uniform"``, if `num_sampled` is given.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        **others: Those of the loss are described at :class:`penex.PENEX`, those of the layer at
+            :class:`LinearLoss`.
 
     Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: An argument is out of its range.
+        TypeError, ValueError: As the two classes.
 
     Example:
         >>> head = LinearPENEX(8, 1000)

@@ -128,10 +128,10 @@ class _Loss(ProbabilityMixin, _CheckedModule):
             input,
             target,
             loss,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
+            self.weight,
+            self.ignore_index,
+            self.reduction,
+            self.label_smoothing,
         )
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
@@ -564,7 +564,7 @@ class GeneralizedCrossEntropyLoss(_Loss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of `input` (logits) and `target` (class indices)."""
         functional.check_labels(target)
-        return self._loss(input, target, self._row_loss())
+        return super().forward(input, target)
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.generalized_cross_entropy(logits, self.q, dim)

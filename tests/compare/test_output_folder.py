@@ -1,4 +1,4 @@
-"""What is in the output folder is whole, whatever happens while it is written."""
+"""The output folder is never left half-written, whatever happens while it is written."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_appears_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_run_appears_only_when_complete(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "penex" / "seed-1"
     with store.new_run(folder) as partial:
         (partial / "run.json").write_text("{}")
@@ -42,7 +42,7 @@ def test_a_run_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseExcepti
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_a_run_that_another_process_finished_meanwhile_stays(tmp_path: Path) -> None:
+def test_a_run_finished_meanwhile_by_another_process_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "seed-0"
     with store.new_run(folder) as ours:
         (ours / "run.json").write_text("ours")
@@ -52,7 +52,7 @@ def test_a_run_that_another_process_finished_meanwhile_stays(tmp_path: Path) -> 
     assert names(tmp_path) == {"seed-0/run.json"}
 
 
-def test_a_run_that_cannot_be_put_in_place_is_an_error(tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_moved_into_place_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "seed-0").write_text("a file is in the way")
     with pytest.raises(NotADirectoryError), store.new_run(tmp_path / "seed-0") as partial:
         (partial / "run.json").write_text("{}")
@@ -76,7 +76,7 @@ def unfinished(folder: Path, started: object, *, checkpoint: bool = True) -> Pat
     return left[0]
 
 
-def test_a_run_with_a_checkpoint_goes_on(tmp_path: Path) -> None:
+def test_a_run_with_a_checkpoint_is_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "seed-1"
     left = unfinished(folder, {"lr": 0.1, "hidden": (3, 4)})
     assert not folder.exists()
@@ -91,7 +91,7 @@ def test_a_run_with_a_checkpoint_goes_on(tmp_path: Path) -> None:
     assert names(tmp_path) == {"runs/seed-1/curve.csv"}
 
 
-def test_a_run_without_checkpoint_is_begun_anew(tmp_path: Path) -> None:
+def test_a_run_without_checkpoint_restarts(tmp_path: Path) -> None:
     left = unfinished(tmp_path / "seed-1", None, checkpoint=False)
     assert not left.exists()
     assert list(tmp_path.iterdir()) == []
@@ -141,7 +141,7 @@ def test_two_processes_never_share_a_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_what_a_killed_process_left_is_free(tmp_path: Path) -> None:
+def test_a_partial_run_of_a_killed_process_can_be_taken_over(tmp_path: Path) -> None:
     folder = tmp_path / "seed-1"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
@@ -155,7 +155,7 @@ def test_what_a_killed_process_left_is_free(tmp_path: Path) -> None:
         assert ours == theirs
 
 
-def test_epochs_behind_us(tmp_path: Path) -> None:
+def test_epochs_done(tmp_path: Path) -> None:
     folders = [store.run_folder(tmp_path, "penex", seed) for seed in (0, 1, 10)]
     assert store.epochs_done(folders, 7) == 0
     for folder in (folders[0], store.run_folder(tmp_path, "focal", 0)):
@@ -205,7 +205,7 @@ def test_a_folder_the_system_refuses(tmp_path: Path) -> None:
         pass
 
 
-def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+def test_a_folder_is_created_with_its_parents(tmp_path: Path) -> None:
     with store.lock(tmp_path / "a" / "b"):
         store.start_or_resume(tmp_path / "a" / "b", CONFIG, IRIS)
     config, data = store.read_comparison(tmp_path / "a" / "b")
@@ -226,7 +226,7 @@ def test_a_folder_with_something_else_in_it(tmp_path: Path) -> None:
     assert names(tmp_path) == {"thesis.tex"}
 
 
-def test_claiming_clears_what_was_never_finished(tmp_path: Path) -> None:
+def test_starting_removes_unfinished_files(tmp_path: Path) -> None:
     store.start_or_resume(tmp_path, CONFIG, IRIS)
     kept = store.run_folder(tmp_path, "penex", 0)
     kept.mkdir(parents=True)
@@ -241,7 +241,7 @@ def test_claiming_clears_what_was_never_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("work", [None, "run.json", store.CHECKPOINT])
-def test_a_folder_changes_hands_unless_there_is_work_in_it(
+def test_only_a_folder_without_runs_accepts_another_configuration(
     tmp_path: Path, work: str | None
 ) -> None:
     def start_or_resume(epochs: int) -> None:
@@ -295,7 +295,7 @@ def test_learning_rates_of_single_losses_join(tmp_path: Path) -> None:
         claimed(tmp_path, ("penex",), 1)
 
 
-def test_one_loss_has_one_spelling(tmp_path: Path) -> None:
+def test_a_loss_keeps_one_spelling(tmp_path: Path) -> None:
     claimed(tmp_path, ("penex=0.3",), 1)
     finish(tmp_path, ("penex=0.3", 0))
     with pytest.raises(CompareError, match=r"^losses: .* has penex=0.30 as penex=0.3; name it so"):

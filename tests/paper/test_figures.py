@@ -1,4 +1,4 @@
-"""Every figure is drawn from saved files, and shows what these hold."""
+"""Every figure is drawn from saved files and shows their content."""
 
 import math
 import re
@@ -101,10 +101,13 @@ def line(figure: Figure, label: str, axes: int = 0) -> Any:
 def test_every_figure_is_drawn(
     name: str, sweep: Path, plane: Path, attacked: Path, tmp_path: Path
 ) -> None:
-    """Of several comparisons at once, where it can be."""
-    folders = {"decision-regions": [plane], "robustness": [attacked, sweep]}
+    folders = {
+        "curves": [sweep, plane],  # of several comparisons at once
+        "decision-regions": [plane],
+        "robustness": [attacked, sweep],
+    }
     path = tmp_path / "picture.png"
-    figures.save(name, several(folders.get(name, [sweep, plane])), path)
+    figures.save(name, several(folders.get(name, [sweep])), path)
     picture = imread(path)
     assert picture[..., :3].std() > 0.02
     assert picture.shape[0] > 300
@@ -137,7 +140,7 @@ def test_names() -> None:
         ("robustness", "no comparison was attacked; run penex attack first"),
     ],
 )
-def test_what_is_missing_is_said(finished: Path, name: str, missing: str) -> None:
+def test_missing_data_is_reported(finished: Path, name: str, missing: str) -> None:
     with pytest.raises(NothingToShowError, match=missing):
         drawn(name, finished)
 
@@ -384,7 +387,7 @@ def test_the_users_matplotlib_settings_are_neither_used_nor_changed(
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_data_that_are_gone_cost_only_their_figures(
+def test_missing_data_removes_only_the_figures_that_need_it(
     make: Make, plane: Path, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from pydantic import (
 
 from penex.compare.errors import CompareError, did_you_mean, named
 from penex.compare.files import MAX_DEPTH, read_bytes
-from penex.compare.registry import DEFAULT_LOSSES, contender
+from penex.compare.registry import DEFAULT_LOSSES, parse_loss
 from penex.compare.user_objects import OBJECT_NAME, import_object, registered
 from penex.metrics import METRICS
 
@@ -320,7 +320,7 @@ class Config(BaseModel):
     def _known_losses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("expected at least one loss")
-        losses = [contender(spec) for spec in value]
+        losses = [parse_loss(spec) for spec in value]
         if len({each.label for each in losses}) < len(losses):
             raise ValueError(f"a loss is named twice in {', '.join(value)}")
         return tuple(each.spec for each in losses)
@@ -532,7 +532,7 @@ def import_user_objects(losses: Any, model: Any = None) -> None:
 
             if registered(name) is None:
                 import_object(name, "losses")
-            check(contender(str(spec)).loss)
+            check(parse_loss(str(spec)).loss)
 
 
 def _check_nesting(text: str) -> None:

@@ -29,7 +29,7 @@ from penex.compare.config import Config
 from penex.compare.data.load import Dataset, load
 from penex.compare.errors import CompareError, named
 from penex.compare.files import PARTIAL, read_json, reading, refuse_links, write_json
-from penex.compare.registry import contender
+from penex.compare.registry import parse_loss
 
 CHECKPOINT = "resume.ckpt"
 """In the folder of an unfinished run: all that it needs to go on."""
@@ -138,9 +138,9 @@ def _union(folder: Path, before: Config, now: Config) -> Config:
     ]
     finished = {spec for spec, _ in runs}
     kept = [spec for spec in before.losses if spec in finished or spec in now.losses]
-    spelled = {contender(spec).label: spec for spec in kept}
+    spelled = {parse_loss(spec).label: spec for spec in kept}
     for spec in now.losses:
-        earlier = spelled.get(contender(spec).label, spec)
+        earlier = spelled.get(parse_loss(spec).label, spec)
         if earlier != spec:
             raise CompareError(f"losses: {folder} has {spec} as {earlier}; name it so")
     losses = (*kept, *(spec for spec in now.losses if spec not in kept))
@@ -204,7 +204,7 @@ def read_comparison(folder: Path) -> tuple[Config, dict[str, Any]]:
     described = read_json(path)
     try:
         for spec in described["config"]["losses"]:
-            contender(str(spec))
+            parse_loss(str(spec))
         config, data = Config(**described["config"]), described["data"]
         _Data.model_validate(data)
     except CompareError:  # of a loss, which says what to do

@@ -383,7 +383,7 @@ class Result:
         curves = plots.svg("validation", "NLL on validation rows by epoch", panel, CURVES)
         return (
             f"<p><strong>{html.escape(self.recommendation)}</strong></p><ul>{warnings}</ul>"
-            f"{self.summary.to_html()}{curves}"
+            f'<div style="overflow-x: auto">{self.summary.to_html()}</div>{curves}'
         )
 
 

@@ -28,7 +28,7 @@ from penex.compare.config import Config
 from penex.compare.errors import CompareError
 from penex.compare.finished_runs import read_curve, read_logits
 from penex.compare.output_folder import run_folder
-from penex.compare.registry import LOSSES, REFERENCE, contender
+from penex.compare.registry import LOSSES, REFERENCE, parse_loss
 from penex.compare.training.selection import LAST, SELECTIONS
 from penex.metrics import METRICS
 
@@ -200,7 +200,7 @@ def _sweep(one: Comparison, name: str) -> dict[float, str]:
     found = {
         loss["value"]: loss["spec"]
         for loss in one.results["losses"]
-        if loss["runs"] and contender(loss["spec"]).loss.name == name
+        if loss["runs"] and parse_loss(loss["spec"]).loss.name == name
     }
     return {value: found[value] for value in sorted(found)}
 
@@ -439,7 +439,7 @@ def _one_per_loss(loss_results: Sequence[LossResults]) -> list[LossResults]:
     """The first of every loss, where the same is in a comparison at several strengths."""
     first: dict[str, LossResults] = {}
     for one in loss_results:
-        first.setdefault(contender(one.spec).loss.name, one)
+        first.setdefault(parse_loss(one.spec).loss.name, one)
     return list(first.values())
 
 

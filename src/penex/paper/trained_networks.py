@@ -22,7 +22,7 @@ from penex.compare.models.choose import resolve
 from penex.compare.models.files import read_network
 from penex.compare.models.networks import Normalise
 from penex.compare.output_folder import checkpoint_file, load_data, run_folder
-from penex.compare.registry import contender
+from penex.compare.registry import parse_loss
 from penex.paper.attacks import Target
 
 Floats = NDArray[np.float64]
@@ -116,7 +116,7 @@ def load_model(
         raise CompareError(
             f"{path} is of another network; remove {folder} and run the comparison again"
         ) from error
-    loss = contender(spec).loss
+    loss = parse_loss(spec).loss
     constrain = loss.constrain
     if constrain is not None:
         model = nn.Sequential(model, _Function(constrain))
@@ -190,7 +190,7 @@ def plane(folder: Path, specs: Sequence[str], *, points: int = 400) -> Plane | N
         def logits(rows: NDArray[np.float32], model: Any = model, device: Any = device) -> Floats:
             return np.asarray(model(torch.from_numpy(rows).to(device)).double().cpu())
 
-        found[contender(spec).label] = logits
+        found[parse_loss(spec).label] = logits
     machine = SVC(decision_function_shape="ovr").fit(features, target)
 
     def decision(rows: NDArray[np.float32]) -> Floats:

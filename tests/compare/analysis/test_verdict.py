@@ -1,4 +1,4 @@
-"""The recommendation and the warnings, of results that were made to deserve them."""
+"""The recommendation and the warnings for results constructed to trigger them."""
 
 import copy
 from pathlib import Path
@@ -271,7 +271,7 @@ def healthy(**options: Any) -> dict[str, Any]:
     return {"test": test} | options
 
 
-def test_nothing_to_warn_of(tmp_path: Path) -> None:
+def test_no_warnings(tmp_path: Path) -> None:
     assert warnings(summarize(write(tmp_path / "out", **healthy()))) == []
 
 

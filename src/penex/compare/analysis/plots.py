@@ -26,7 +26,7 @@ from penex.compare.errors import CompareError
 from penex.compare.files import replacing
 from penex.compare.finished_runs import read_curve, read_logits
 from penex.compare.output_folder import run_folder
-from penex.compare.registry import LOSSES, REFERENCE, contender
+from penex.compare.registry import LOSSES, REFERENCE, parse_loss
 from penex.compare.training.selection import LAST, SELECTIONS
 from penex.metrics import Reliability, margins, reliability
 
@@ -145,7 +145,7 @@ def line_styles(specs: Iterable[str]) -> dict[str, LineStyle]:
     seen: set[str] = set()
     more = 0
     for spec in specs:
-        name = contender(spec).loss.name
+        name = parse_loss(spec).loss.name
         position = list(LOSSES).index(name) if name in LOSSES else len(COLOURS)
         if name not in seen and position < len(COLOURS):
             found[spec] = LineStyle(COLOURS[position], DASHES[0])

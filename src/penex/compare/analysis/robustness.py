@@ -1,4 +1,4 @@
-"""The accuracies under attack that ``penex attack`` has recorded: read, and averaged over seeds."""
+"""Reading and averaging the accuracies under attack that ``penex attack`` has recorded."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -42,7 +42,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """The records of robustness.json; none if the comparison was not attacked.
 
     Each has loss, seed, epoch, norm, radius, box (whether inputs are pixels), and accuracy: the
-    share of right rows, "clean" and then after each attack in turn.
+    share of correctly classified rows, first "clean" and then after each attack.
     """
     path = folder / FILE
     if not path.exists():
@@ -55,14 +55,14 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def final(record: dict[str, Any]) -> float:
-    """The accuracy that is left after all attacks of a record."""
+    """The accuracy of a record after all its attacks."""
     return float(list(record["accuracy"].values())[-1])
 
 
 def summary(
     records: Sequence[dict[str, Any]], spec: str, epoch: str, norm: str
 ) -> dict[float, dict[str, Any]]:
-    """Accuracy (a share) of a loss by radius, 0 for no attack: means over seeds and intervals."""
+    """Means over seeds and intervals of a loss's accuracy, by radius; radius 0 is no attack."""
     own = [r for r in records if (r["loss"], r["epoch"], r["norm"]) == (spec, epoch, norm)]
     found: dict[float, list[float]] = {}
     for record in own:

@@ -29,7 +29,7 @@ from penex.compare.models.files import (
     write_model,
 )
 from penex.compare.models.networks import Normalise, Vocabulary
-from penex.compare.registry import contender
+from penex.compare.registry import parse_loss
 from penex.compare.training.determinism import deterministic
 from penex.compare.user_objects import OBJECT_NAME, known
 
@@ -60,9 +60,14 @@ class Classifier:
 
     def __init__(self, model: Model, weights: Path) -> None:
         self.description, self._weights = model, weights
-        who = contender(model.loss)
+        who = parse_loss(model.loss)
         if OBJECT_NAME.fullmatch(model.network):
             known(model.network, "model")
+        if model.kind == "text" and model.network.startswith("transformers:"):
+            raise CompareError(
+                f"model: {model.network} cannot predict new texts, because its tokenizer is not "
+                "saved with it; its results are in the report"
+            )
         self.loss = model.loss
         self.label: str = who.label
         self.temperature = model.temperature

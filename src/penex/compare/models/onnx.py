@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,8 @@ def export(classifier: "Classifier", path: Path) -> str:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation of torch's own, unknown to ONNX
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch's own tracing
             expected = served(rows)
             program = torch.onnx.export(
                 served, (rows,), dynamic_shapes=(dynamic,), dynamo=True, verbose=False,

@@ -55,7 +55,7 @@ from penex.compare.models.choose import Architecture, resolve, row_shape
 from penex.compare.models.files import WEIGHTS, Model, write_model, write_network
 from penex.compare.models.networks import Normalise, Vocabulary
 from penex.compare.output_folder import CHECKPOINT, checkpoint_file, new_run
-from penex.compare.registry import Context, Loss, contender
+from penex.compare.registry import Context, Loss, parse_loss
 from penex.compare.training.determinism import deterministic
 from penex.compare.training.distributed import is_rank_zero, on_rank_zero
 from penex.compare.training.selection import LAST, Scores, Selected, validation_scores
@@ -254,7 +254,7 @@ class _Learner:
         augment: nn.Module | None,
     ) -> None:
         self.fabric, self.config, self.context, self.task = fabric, config, context, task
-        self.loss: Loss = contender(task.spec).loss
+        self.loss: Loss = parse_loss(task.spec).loss
         self.link = self.loss.link(task.knob, context.num_classes)
         self.constrain = self.loss.constrain or (lambda logits: logits)
         self.augment = augment
