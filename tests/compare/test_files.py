@@ -14,7 +14,7 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_text_is_the_old_one_until_it_is_the_new_one(tmp_path: Path) -> None:
+def test_writing_text_is_atomic(tmp_path: Path) -> None:
     path = tmp_path / "text"
     texts = ["a" * 300_000, "b" * 500_000]
     files.write_text(path, texts[0])
@@ -35,7 +35,7 @@ def test_a_text_is_the_old_one_until_it_is_the_new_one(tmp_path: Path) -> None:
     assert names(tmp_path) == {"text"}
 
 
-def test_a_text_without_room_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_text(tmp_path: Path) -> None:
     path = tmp_path / "text"
     files.write_text(path, "old")
     with disk.full(1000), pytest.raises(OSError, match="too large"):
@@ -45,7 +45,7 @@ def test_a_text_without_room_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_json_has_no_such_numbers(tmp_path: Path, value: float) -> None:
+def test_json_refuses_nan_and_infinity(tmp_path: Path, value: float) -> None:
     path = tmp_path / "values.json"
     files.write_json(path, {"ok": 0.1})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -54,14 +54,14 @@ def test_json_has_no_such_numbers(tmp_path: Path, value: float) -> None:
     assert names(tmp_path) == {"values.json"}
 
 
-def test_json_comes_back(tmp_path: Path) -> None:
+def test_json_round_trips(tmp_path: Path) -> None:
     value = {"ε±": [0.1, 1e-300, None, True, 10**30, "\u2028\n"]}
     files.write_json(tmp_path / "v", value)
     assert files.read_json(tmp_path / "v") == value
 
 
 @pytest.mark.parametrize("content", [b"", b'{"config": {', b"\xff\xfe", b'{"a": 1}}'])
-def test_damaged_json_is_named_with_the_way_out(tmp_path: Path, content: bytes) -> None:
+def test_damaged_json_is_named_with_advice(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "seed-0" / "run.json"
     path.parent.mkdir()
     path.write_bytes(content)

@@ -20,7 +20,7 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_appears_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_run_appears_only_when_complete(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "penex" / "seed-1"
     with store.new_run(folder) as partial:
         (partial / "run.json").write_text("{}")

@@ -295,7 +295,7 @@ def test_refusals(attacked: Path, copy: Path) -> None:
     with pytest.raises(CompareError, match=r"epoch-3\.safetensors is damaged .*; remove "):
         checkpoints.load_model(source, "penex", 0, "last")
     run = run_folder(copy, "penex", 1) / "run.json"
-    write_json(run, read_json(run) | {"epochs": {"last": 3}})
+    write_json(run, read_json(run) | {"epochs": {"last": 3}, "validation": {}})
     with pytest.raises(CompareError, match="no network for the selection 'nll': the run diverged"):
         checkpoints.load_model(source, "penex", 1, "nll")
     with pytest.raises(CompareError, match="holds no finished run"):

@@ -29,6 +29,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 MAX_YAML_BYTES = 2**18
 """Of a file of settings (256 KiB)."""
 
+PATHS = ("data", "data_dir", "validation_file", "test_file")
+"""Settings that may be paths."""
+
 MAIN = ""
 """The panel of a command's help that needs no title."""
 DATA, MODEL, TRAINING, TUNING, REPORT, MACHINES = (
@@ -364,8 +367,7 @@ class Config(BaseModel):
     def settings(self) -> dict[str, Any]:
         """As plain values, for files, in which nothing says whose machine this is."""
         values = self.model_dump(mode="json")
-        paths = ("data", "data_dir", "validation_file", "test_file")
-        return values | {name: values[name] and portable_path(values[name]) for name in paths}
+        return values | {name: values[name] and portable_path(values[name]) for name in PATHS}
 
     def fixed(self) -> dict[str, Any]:
         """What all runs in one folder have in common.

@@ -116,7 +116,7 @@ def require_regular(path: Path) -> None:
     """
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a pipe, socket or device"
-        raise CompareError(f"{path} is {what}; expected a regular file")
+        raise CompareError(f"cannot read {path}: it is {what}, expected a regular file")
 
 
 @contextlib.contextmanager

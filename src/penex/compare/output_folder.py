@@ -25,8 +25,8 @@ from typing import Annotated, Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from penex.compare.config import Config
-from penex.compare.data.load import Dataset, load
+from penex.compare.config import PATHS, Config
+from penex.compare.data.load import NAMES, Dataset, load
 from penex.compare.errors import CompareError, named
 from penex.compare.files import PARTIAL, read_json, reading, refuse_links, write_json
 from penex.compare.registry import parse_loss
@@ -214,19 +214,27 @@ def read_comparison(folder: Path) -> tuple[Config, dict[str, Any]]:
     return config, data
 
 
-def load_data(folder: Path, data: str | None = None) -> tuple[Config, Dataset]:
-    """The configuration of a comparison, and its data once more.
+def load_data(
+    folder: Path, data: str | None = None, data_dir: str | None = None
+) -> tuple[Config, Dataset]:
+    """The configuration of a comparison, and its data loaded again.
+
+    Paths in it are relative to the working directory, or to a folder above the output folder.
 
     Args:
         folder: The output folder.
-        data: Where the data are; None: where `folder` says, from the working directory.
+        data: Where the data are now, if not where `folder` says.
+        data_dir: As the setting of that name, likewise.
 
     Raises:
-        CompareError: They cannot be read, or are others.
+        CompareError: They cannot be read, or have changed.
     """
     config, described = read_comparison(folder)
-    if data is not None:
-        config = config.model_copy(update={"data": data})
+    given = {"data": data, "data_dir": data_dir}
+    values = {name: given.get(name) or getattr(config, name) for name in PATHS}
+    config = config.model_copy(
+        update={name: value and _found(value, folder) for name, value in values.items()}
+    )
     try:
         dataset = load(config)
     except CompareError as error:
@@ -240,6 +248,14 @@ def load_data(folder: Path, data: str | None = None) -> tuple[Config, Dataset]:
             f"{dataset.fingerprint[:8]}, was {described['fingerprint'][:8]}"
         )
     return config, dataset
+
+
+def _found(path: str, folder: Path) -> str:
+    """The path from the first folder that has it; else, and for names of data sets, as it is."""
+    if path in NAMES:
+        return path
+    bases = (Path(), *folder.absolute().parents)
+    return next((str(b / path) for b in bases if (b / path).expanduser().exists()), path)
 
 
 def comparison_file(folder: Path) -> Path:

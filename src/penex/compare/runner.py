@@ -106,7 +106,7 @@ def compare(
 def _measure_times(
     config: Config, folder: Path, values: Mapping[str, Mapping[str, float]], pool: Workers
 ) -> None:
-    """Record the time of a training epoch of each loss, measured one at a time."""
+    """Record the time of a training epoch of each loss, measured one loss at a time."""
     known = on_rank_zero(lambda: read_timing(folder))
     missing = [spec for spec in config.losses if spec not in known]
     for spec in missing:
@@ -127,7 +127,7 @@ def _untuned(config: Config, spec: str) -> dict[str, float]:
 def _acquire(
     stack: contextlib.ExitStack, config: Config, folder: Path, dataset: Dataset
 ) -> list[str]:
-    """Make `folder` this comparison's until `stack` is closed; says which runs were damaged."""
+    """Lock `folder` for this comparison until `stack` is closed; why damaged runs were removed."""
     stack.enter_context(lock(folder))
     stack.enter_context(report_full_disk(folder))
     stack.enter_context(_clearing_partial(folder))

@@ -88,6 +88,7 @@ def attack(
     rows: int = ROWS,
     steps: Mapping[str, int] = STEPS,
     data: str | None = None,
+    data_dir: str | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Attack the selected and the last epoch of every finished run, and write robustness.json.
@@ -100,6 +101,7 @@ def attack(
         rows: So many test rows are attacked, the same ones for every loss at a seed; all if fewer.
         steps: Of each attack, in this order; one that is not named is not made.
         data: Where the data are now, if not where the folder says.
+        data_dir: As the setting of that name, likewise.
         say: Is given a line for every finished checkpoint.
 
     Raises:
@@ -119,7 +121,7 @@ def attack(
     ]
     if not runs:
         raise CompareError(f"{folder} has no finished run yet; run penex compare first")
-    source = Source(folder, data)
+    source = Source(folder, data, data_dir)
     with lock(folder), report_full_disk(folder):
         records = read(folder)
         if records and records[0]["asked"] != rows:

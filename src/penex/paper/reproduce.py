@@ -65,9 +65,11 @@ def reproduce(
             same call continues.
     """
     facts = preset(name)
+    places = {}
     for experiment, config in configs.items():
         where = _data_folder(config, folder, data_dir, smoke)
-        located = config.model_copy(update={"data_dir": None if where is None else str(where)})
+        places[experiment] = None if where is None else str(where)
+        located = config.model_copy(update={"data_dir": places[experiment]})
         compare(located, folder / experiment, execution=execution, display=display)
     if not is_rank_zero():
         return {}
@@ -80,7 +82,12 @@ def reproduce(
     }
     for experiment, own in folders.items():
         if "robustness" in facts.figures:
-            attack(own, say=display.finished, **(TRIAL if smoke else {}))
+            attack(
+                own,
+                data_dir=places.get(experiment),
+                say=display.finished,
+                **(TRIAL if smoke else {}),
+            )
         with report_full_disk(own):
             write_json(
                 own / "published.json", _published(facts, experiment, read_comparison(own)[0])

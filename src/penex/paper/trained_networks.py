@@ -35,17 +35,18 @@ class Source:
 
     Args:
         folder: An output folder, whose data are read again.
-        data: Where they are; None: where the folder says, from the working directory.
+        data: Where they are; None: where the folder says.
+        data_dir: As the setting of that name; None: as the folder says.
 
     Raises:
         CompareError: They are not there any more, or have changed.
     """
 
-    def __init__(self, folder: Path, data: str | None = None) -> None:
+    def __init__(self, folder: Path, data: str | None = None, data_dir: str | None = None) -> None:
         self.folder = folder
         self.config: Config
         self.dataset: Dataset
-        self.config, self.dataset = load_data(folder, data)
+        self.config, self.dataset = load_data(folder, data, data_dir)
         self._split: tuple[int, Split] | None = None
 
     @cached_property

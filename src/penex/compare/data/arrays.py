@@ -64,6 +64,8 @@ def read_npz(path: Path, config: Config) -> Content:
     require_file(path)
     try:
         with open_arrays(path) as content:
+            if isinstance(content, np.ndarray):
+                raise TypeError("it is a single array")
             if "train_images" in content:
                 return _given_parts(path, content, config)
             arrays = dict(content)

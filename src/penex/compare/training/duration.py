@@ -32,7 +32,7 @@ def recorded(runs: Sequence[Path]) -> float | None:
     """Mean seconds of the training part of an epoch of finished runs; None if there are none."""
     seconds = []
     for run in runs:
-        with contextlib.suppress(CompareError):  # damaged: said later, if it matters
+        with contextlib.suppress(CompareError):  # a damaged file is reported later, if needed
             seconds.append(float(read_record(run)["seconds_per_epoch"]))
     return mean(seconds) if seconds else None
 

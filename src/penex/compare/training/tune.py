@@ -274,7 +274,7 @@ def _space(spec: str, config: Config) -> dict[str, FloatDistribution]:
 
 
 def _score(run: Path, config: Config) -> float:
-    """What tuning minimises, of a finished run; infinite if it diverged."""
+    """The value of a finished run that tuning minimises; infinite if the run diverged."""
     scores = read_record(run)["validation"].get(config.select)
     if scores is None:
         return math.inf
