@@ -91,6 +91,11 @@ def positive(name: str, value: object) -> float:
     return number(name, value, 0.0, math.inf, open_low=True)
 
 
+def nonnegative(name: str, value: object) -> float:
+    """`value` as a float, refused unless it is finite and at least zero."""
+    return number(name, value, 0.0, math.inf)
+
+
 def count(name: str, value: object) -> int:
     """`value` as an int, refused unless it is a whole number of things, one at least."""
     if isinstance(value, bool) or not isinstance(value, Integral):

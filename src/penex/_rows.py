@@ -21,7 +21,7 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
 from penex import _passes
-from penex._inputs import Batch, LossArguments, can_inspect, computed_in, prepare, refuse_labels
+from penex._inputs import LossArguments, can_inspect, computed_in, prepare, refuse_labels
 from penex._log_mean import row_dtype
 from penex._passes import (
     WHOLE,
@@ -35,7 +35,7 @@ from penex._passes import (
     row_log_sums,
     softmax,
 )
-from penex._row_losses import Outcome, RowLoss, Rows
+from penex._row_losses import Outcome, RowLoss, Rows, log_partition
 from penex._targets import Labels, SoftTargets
 
 SMALL = 1 << 15
@@ -74,6 +74,7 @@ def _differentiated_once(input: Tensor, arguments: LossArguments, loss: RowLoss)
         or input.is_meta
         or input.numel() == 0
         or torch._C._are_functorch_transforms_active()
+        or not loss.by_rows(arguments.soft)
         or arguments.target.requires_grad
         or (arguments.weight is not None and arguments.weight.requires_grad)
     ):
@@ -99,35 +100,8 @@ def defined(input: Tensor, arguments: LossArguments, loss: RowLoss, coupling: An
     if input.shape[1] == 0:
         nothing = input.to(computed_in(input)).sum(1)
         return nothing if arguments.reduction == "none" else nothing.sum()
-    batch = prepare(input, arguments)
-    value = loss.defined(batch, rows_of(batch, arguments, loss), coupling)
+    value = loss.defined(prepare(input, arguments), arguments.reduction, coupling)
     return value.to(computed_in(input))
-
-
-def rows_of(batch: Batch, arguments: LossArguments, loss: RowLoss) -> Rows:
-    """The numbers of the rows by plain operations."""
-    if batch.labels is None:
-        t = loss.target_logit(batch.logits, batch.target_weights).unsqueeze(1)
-    else:
-        t = batch.select(batch.logits).to(row_dtype(batch.logits))
-    largest, log_sum = log_partition(batch.logits)
-    return Rows(
-        t,
-        largest + log_sum,
-        t - largest - log_sum,
-        batch.row_weights.unsqueeze(1).to(t.dtype),
-        batch.denominator.to(t.dtype),
-        arguments.reduction,
-        batch.logits.shape[1],
-    )
-
-
-def log_partition(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row, and log sum_j e^f from there, in :func:`row_dtype`."""
-    largest = logits.detach().amax(1, keepdim=True)
-    largest = largest.masked_fill(largest == -math.inf, 0)
-    log_sum = (logits - largest).exp().sum(1, keepdim=True).to(row_dtype(logits)).log()
-    return largest.to(log_sum.dtype), log_sum
 
 
 def _differentiable(

@@ -1,6 +1,5 @@
 """The losses as modules: they hold arguments and the running penalty, and call the functions."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
@@ -11,7 +10,15 @@ from torch import Tensor, nn
 
 from penex import _links, functional
 from penex import _row_losses as row_losses
-from penex._inputs import check_reduction, choice, integer, number, positive, smoothing
+from penex._inputs import (
+    check_reduction,
+    choice,
+    integer,
+    nonnegative,
+    number,
+    positive,
+    smoothing,
+)
 from penex._links import ProbabilityMixin
 from penex._penalty import Bounds, PenaltyRule, RunningPenalty, world
 from penex._row_losses import RowLoss
@@ -26,7 +33,6 @@ __all__ = [
     "ZLoss",
 ]
 
-Group = dist.ProcessGroup | Literal["world"] | None
 Check = Callable[[str, Any], Any]
 
 
@@ -38,14 +44,6 @@ def _weight(name: str, value: Any) -> Tensor | None:
             f"{name}: expected one weight per class, shape (K,), got {tuple(value.shape)}"
         )
     return value
-
-
-def _nonnegative(name: str, value: Any) -> float:
-    return number(name, value, 0.0, math.inf)
-
-
-def _positive_or_none(name: str, value: Any) -> float | None:
-    return None if value is None else positive(name, value)
 
 
 def _process_group(name: str, value: Any) -> Any:
@@ -70,10 +68,34 @@ def _float32(name: str, value: Any) -> float:
     return result
 
 
-class _CheckedModule(nn.Module):
-    """A module that checks its arguments whenever they are set, not in its constructor alone."""
+class _Loss(ProbabilityMixin, nn.Module):
+    """The keywords of :class:`torch.nn.CrossEntropyLoss`, and the link.
 
-    _checks: ClassVar[dict[str, Check]] = {}
+    Arguments are checked whenever they are set, not in the constructor alone.
+    """
+
+    weight: Tensor | None
+
+    _checks: ClassVar[dict[str, Check]] = {
+        "weight": _weight,
+        "ignore_index": integer,
+        "reduction": lambda name, value: check_reduction(value),
+        "label_smoothing": lambda name, value: smoothing(value),
+    }
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", _weight("weight", weight))
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._checks.get(name)
@@ -89,39 +111,10 @@ class _CheckedModule(nn.Module):
             if value is not None
         )
 
-
-class _Loss(ProbabilityMixin, _CheckedModule):
-    """The keywords of :class:`torch.nn.CrossEntropyLoss`, checked and held, and the link.
-
-    Those that are functions of two numbers a row have a method ``_row_loss``, which says which.
-    """
-
-    weight: Tensor | None
-
-    _checks: ClassVar[dict[str, Check]] = {
-        "weight": _weight,
-        "ignore_index": integer,
-        "reduction": lambda name, value: check_reduction(value),
-        "label_smoothing": lambda name, value: smoothing(value),
-    }
-
-    def __init__(
-        self,
-        weight: Tensor | None,
-        ignore_index: int,
-        reduction: str,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weight", _weight("weight", weight))
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
-
     @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of `input` (logits) and `target`."""
-        return self._loss(input, target, self._row_loss())  # type: ignore[operator]
+        return self._loss(input, target, self._row_loss())
 
     def _loss(self, input: Tensor, target: Tensor, loss: RowLoss) -> Tensor:
         return functional.evaluate(
@@ -134,6 +127,10 @@ class _Loss(ProbabilityMixin, _CheckedModule):
             self.label_smoothing,
         )
 
+    def _row_loss(self) -> RowLoss:
+        """The loss with the arguments that are set."""
+        raise NotImplementedError
+
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         """Calibrated logits of the targets as they are after smoothing: see `penex._links`."""
         raise NotImplementedError
@@ -143,103 +140,7 @@ class _Loss(ProbabilityMixin, _CheckedModule):
         return _links.remove_smoothing(smoothed, self.label_smoothing, dim, self.weight)
 
 
-class _PenaltyMixin(_CheckedModule):
-    """The rule for the penalty, and the running penalty: what :class:`PENEX` says of them."""
-
-    penalty: Tensor
-
-    _checks: ClassVar[dict[str, Check]] = {
-        "sensitivity": positive,
-        "penalty_mode": lambda name, value: choice(name, value, ("running", "auto", "fixed")),
-        "initial_penalty": lambda name, value: None if value is None else _float32(name, value),
-        "penalty_min": _float32,
-        "penalty_max": _float32,
-        "ema": lambda name, value: number(name, value, 0.0, 1.0),
-        "huberization": _positive_or_none,
-        "process_group": _process_group,
-    }
-
-    def _hold_penalty(
-        self,
-        sensitivity: float,
-        penalty_mode: str | None,
-        penalty: float | None,
-        penalty_min: float,
-        penalty_max: float,
-        ema: float,
-        huberization: float | None,
-        process_group: Group,
-    ) -> None:
-        if penalty_mode is None:
-            penalty_mode = "running" if penalty is None else "fixed"
-        self.penalty_mode = penalty_mode
-        if penalty is not None:
-            penalty = _float32("penalty", penalty)
-        if penalty_mode == "fixed" and penalty is None:
-            raise ValueError("penalty: penalty_mode='fixed' needs a positive number, got None")
-        if penalty_mode == "auto" and penalty is not None:
-            raise ValueError(f"penalty: penalty_mode='auto' estimates it, got {penalty}")
-        Bounds.checked(sensitivity, penalty_min, penalty_max)
-        self.sensitivity = sensitivity
-        self.initial_penalty = penalty
-        self.penalty_min, self.penalty_max = penalty_min, penalty_max
-        self.ema, self.huberization = ema, huberization
-        self.process_group = process_group
-        self.register_buffer("penalty", torch.empty((), dtype=torch.float32))
-        self._reset_penalty()
-
-    def reset_parameters(self) -> None:
-        """Set the penalty to its start, as after construction.
-
-        For modules whose memory was made without values, as by ``to_empty``.
-        """
-        self._reset_penalty()
-
-    def _reset_penalty(self) -> None:
-        start = self.initial_penalty
-        with torch.no_grad():
-            self.penalty.fill_(0.0 if start is None else start)
-
-    def _penalty_rule(self) -> RunningPenalty:
-        if self.penalty_mode == "fixed" and self.initial_penalty is None:
-            raise ValueError(
-                "penalty_mode: 'fixed' needs a penalty, and this criterion was made without one; "
-                f"expected initial_penalty to be set, for example to {self.penalty.item():g}"
-            )
-        return RunningPenalty(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the penalty like any buffer, but keep it float32: 1e-10 is 0 in float16."""
-        penalty = self.penalty
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.penalty.dtype != torch.float32:
-            self.penalty = penalty.to(self.penalty.device)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Next to the version of the module, where a state dict has no keys of its own.
-        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1], {})
-        metadata["sensitivity"] = self.sensitivity
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, *args: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if self.penalty_mode == "fixed":  # the argument counts, not the state
-            self._reset_penalty()
-            return
-        sensitivity = (local_metadata or {}).get("sensitivity", self.sensitivity)
-        if sensitivity != self.sensitivity and prefix + "penalty" in state_dict:
-            warnings.warn(
-                f"penalty: the state to be loaded belongs to sensitivity {sensitivity:g}, and this "
-                f"criterion has {self.sensitivity:g}; the running penalty starts anew",
-                stacklevel=2,
-            )
-            self._reset_penalty()
-
-
-class PENEX(_PenaltyMixin, _Loss):
+class PENEX(_Loss):
     r"""Penalized exponential loss, in the place of :class:`torch.nn.CrossEntropyLoss`.
 
     Computes :func:`penex.functional.penex_loss`, where shapes, options and the two differences to
@@ -300,9 +201,20 @@ class PENEX(_PenaltyMixin, _Loss):
         tensor(0.0250)
     """
 
-    _checks: ClassVar[dict[str, Check]] = (
-        _PenaltyMixin._checks | _Loss._checks | {"normalize": _boolean}
-    )
+    penalty: Tensor
+
+    _checks: ClassVar[dict[str, Check]] = {
+        "sensitivity": positive,
+        "penalty_mode": lambda name, value: choice(name, value, ("running", "auto", "fixed")),
+        "initial_penalty": lambda name, value: None if value is None else _float32(name, value),
+        "penalty_min": _float32,
+        "penalty_max": _float32,
+        "ema": lambda name, value: number(name, value, 0.0, 1.0),
+        "huberization": lambda name, value: None if value is None else positive(name, value),
+        "process_group": _process_group,
+        **_Loss._checks,
+        "normalize": _boolean,
+    }
 
     def __init__(
         self,
@@ -321,18 +233,77 @@ class PENEX(_PenaltyMixin, _Loss):
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
         normalize: bool = False,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, label_smoothing)
-        self._hold_penalty(
-            sensitivity,
-            penalty_mode,
-            penalty,
-            penalty_min,
-            penalty_max,
-            ema,
-            huberization,
-            process_group,
+        super().__init__(
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
         )
+        if penalty_mode is None:
+            penalty_mode = "running" if penalty is None else "fixed"
+        self.penalty_mode = penalty_mode
+        if penalty is not None:
+            penalty = _float32("penalty", penalty)
+        if penalty_mode == "fixed" and penalty is None:
+            raise ValueError("penalty: penalty_mode='fixed' needs a positive number, got None")
+        if penalty_mode == "auto" and penalty is not None:
+            raise ValueError(f"penalty: penalty_mode='auto' estimates it, got {penalty}")
+        Bounds.checked(sensitivity, penalty_min, penalty_max)
+        self.sensitivity = sensitivity
+        self.initial_penalty = penalty
+        self.penalty_min, self.penalty_max = penalty_min, penalty_max
+        self.ema, self.huberization = ema, huberization
+        self.process_group = process_group
         self.normalize = normalize
+        self.register_buffer("penalty", torch.empty((), dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the penalty to its start, as after construction.
+
+        For modules whose memory was made without values, as by ``to_empty``.
+        """
+        start = self.initial_penalty
+        with torch.no_grad():
+            self.penalty.fill_(0.0 if start is None else start)
+
+    def _penalty_rule(self) -> RunningPenalty:
+        if self.penalty_mode == "fixed" and self.initial_penalty is None:
+            raise ValueError(
+                "penalty_mode: 'fixed' needs a penalty, and this criterion was made without one; "
+                f"expected initial_penalty to be set, for example to {self.penalty.item():g}"
+            )
+        return RunningPenalty(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the penalty like any buffer, but keep it float32: 1e-10 is 0 in float16."""
+        penalty = self.penalty
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.penalty.dtype != torch.float32:
+            self.penalty = penalty.to(self.penalty.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Next to the version of the module, where a state dict has no keys of its own.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1], {})
+        metadata["sensitivity"] = self.sensitivity
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if self.penalty_mode == "fixed":  # the argument counts, not the state
+            self.reset_parameters()
+            return
+        sensitivity = (local_metadata or {}).get("sensitivity", self.sensitivity)
+        if sensitivity != self.sensitivity and prefix + "penalty" in state_dict:
+            warnings.warn(
+                f"penalty: the state to be loaded belongs to sensitivity {sensitivity:g}, and this "
+                f"criterion has {self.sensitivity:g}; the running penalty starts anew",
+                stacklevel=2,
+            )
+            self.reset_parameters()
 
     def _row_loss(self) -> RowLoss:
         return self._with_penalty(self._penalty_rule())
@@ -379,8 +350,8 @@ class LogPENEX(_Loss):
     """
 
     _checks: ClassVar[dict[str, Check]] = {
-        "sensitivity": _nonnegative,
-        "power": _nonnegative,
+        "sensitivity": nonnegative,
+        "power": nonnegative,
         "process_group": _process_group,
     } | _Loss._checks
 
@@ -395,7 +366,12 @@ class LogPENEX(_Loss):
         label_smoothing: float = 0.0,
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, label_smoothing)
+        super().__init__(
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
         self.sensitivity, self.power = sensitivity, power
         self.process_group = process_group
 
@@ -414,16 +390,6 @@ class CrossEntropyLoss(_Loss):
     Computes :func:`penex.functional.cross_entropy`.
     """
 
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> None:
-        super().__init__(weight, ignore_index, reduction, label_smoothing)
-
     def _row_loss(self) -> RowLoss:
         return row_losses.CrossEntropy()
 
@@ -437,7 +403,7 @@ class FocalLoss(_Loss):
     Computes :func:`penex.functional.focal_loss`, where the arguments are described.
     """
 
-    _checks: ClassVar[dict[str, Check]] = {"gamma": _nonnegative} | _Loss._checks
+    _checks: ClassVar[dict[str, Check]] = {"gamma": nonnegative} | _Loss._checks
 
     def __init__(
         self,
@@ -448,24 +414,16 @@ class FocalLoss(_Loss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, label_smoothing)
+        super().__init__(
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
         self.gamma = gamma
 
     def _row_loss(self) -> RowLoss:
         return row_losses.Focal(self.gamma)
-
-    @torch.jit.unused
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input` (logits) and `target`."""
-        return functional.focal_loss(
-            input,
-            target,
-            gamma=self.gamma,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.focal(logits, self.gamma, dim)
@@ -477,7 +435,7 @@ class ConfidencePenaltyLoss(_Loss):
     Computes :func:`penex.functional.confidence_penalty_loss`, where the arguments are described.
     """
 
-    _checks: ClassVar[dict[str, Check]] = {"strength": _nonnegative} | _Loss._checks
+    _checks: ClassVar[dict[str, Check]] = {"strength": nonnegative} | _Loss._checks
 
     def __init__(
         self,
@@ -488,21 +446,16 @@ class ConfidencePenaltyLoss(_Loss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, label_smoothing)
+        super().__init__(
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
         self.strength = strength
 
-    @torch.jit.unused
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input` (logits) and `target`."""
-        return functional.confidence_penalty_loss(
-            input,
-            target,
-            strength=self.strength,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
+    def _row_loss(self) -> RowLoss:
+        return row_losses.ConfidencePenalty(self.strength)
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.confidence_penalty(logits, self.strength, dim)
@@ -514,7 +467,7 @@ class ZLoss(_Loss):
     Computes :func:`penex.functional.z_loss`, where the arguments are described.
     """
 
-    _checks: ClassVar[dict[str, Check]] = {"strength": _nonnegative} | _Loss._checks
+    _checks: ClassVar[dict[str, Check]] = {"strength": nonnegative} | _Loss._checks
 
     def __init__(
         self,
@@ -525,7 +478,12 @@ class ZLoss(_Loss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, label_smoothing)
+        super().__init__(
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
         self.strength = strength
 
     def _row_loss(self) -> RowLoss:
@@ -554,17 +512,11 @@ class GeneralizedCrossEntropyLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> None:
-        super().__init__(weight, ignore_index, reduction)
+        super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
         self.q = q
 
     def _row_loss(self) -> RowLoss:
         return row_losses.GeneralizedCrossEntropy(self.q)
-
-    @torch.jit.unused
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input` (logits) and `target` (class indices)."""
-        functional.check_labels(target)
-        return super().forward(input, target)
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.generalized_cross_entropy(logits, self.q, dim)
