@@ -37,7 +37,7 @@ from penex._inputs import (
 from penex._log_mean import row_dtype
 from penex._matmul import add_product, linear
 from penex._passes import powers_from
-from penex._penalty import PENALTY_MAX, PENALTY_MIN, Bounds, EstimatedPenalty, GivenPenalty
+from penex._penalty import rule_of
 from penex._row_losses import Penex, RowLoss, Rows, Rule, log_partition
 
 __all__ = ["linear_loss", "linear_penex_loss", "sampled_linear_penex_loss"]
@@ -247,10 +247,8 @@ def options_of(criterion: nn.Module | Rule) -> dict[str, Any]:
 
 
 def _penex(sensitivity: float, penalty: float | Tensor | None, huberization: float | None) -> Penex:
-    bounds = Bounds.checked(sensitivity, PENALTY_MIN, PENALTY_MAX)
-    rule = EstimatedPenalty(bounds) if penalty is None else GivenPenalty(penalty)
-    threshold = None if huberization is None else math.log(positive("huberization", huberization))
-    return Penex(bounds.sensitivity, rule, threshold)
+    alpha = positive("sensitivity", sensitivity)
+    return Penex(alpha, rule_of(penalty, alpha), huberization)
 
 
 class _Batch(NamedTuple):

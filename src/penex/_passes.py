@@ -11,6 +11,8 @@ from penex._inputs import computed_in
 
 PIECE = 1 << 22
 """Bytes of logits worked on at a time, few enough to stay in the cache."""
+EXACT_RANGE = 1e30
+"""From 1 / EXACT_RANGE to EXACT_RANGE sums of exponentials have all digits of float32."""
 LOG2E = 1 / math.log(2)
 """e^x is taken as 2^(x LOG2E): torch's exp2 is the faster one on the CPU."""
 

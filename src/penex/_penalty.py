@@ -134,6 +134,13 @@ class EstimatedPenalty:
         return self.bounds.estimate(exponential, partition)
 
 
+def rule_of(penalty: float | Tensor | None, sensitivity: float) -> PenaltyRule:
+    """A given penalty, or for None the batch's own estimate."""
+    if penalty is None:
+        return EstimatedPenalty(Bounds(sensitivity, PENALTY_MIN, PENALTY_MAX))
+    return GivenPenalty(penalty)
+
+
 def world(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
     """`group`, or what "world" stands for by now."""
     if isinstance(group, str):

@@ -28,9 +28,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from penex._inputs import Batch, Reduction
-from penex._log_mean import LARGEST_EXPONENT, LEAST_POWER, excess, log_mean, row_dtype, share
-from penex._passes import constant, powers
+from penex._inputs import Batch, Reduction, positive
+from penex._log_mean import EXACT_POWER, LARGEST_EXPONENT, excess, log_mean, row_dtype, share
+from penex._passes import EXACT_RANGE, constant, powers
 from penex._penalty import LogSums, PenaltyRule, Resolved, gather_over_ranks
 
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -307,12 +307,9 @@ def nonzero(divisor: Tensor | float) -> Tensor | float:
 
 # PENEX.
 
-SAFE = 1e30
-"""Between 1 / SAFE and SAFE nothing was lost to overflow or underflow that float32 could show."""
-
 
 class Penex(RowLoss):
-    """exp(-alpha t) + rho exp(s), with a rule for rho; huberized above exp(log_threshold)."""
+    """exp(-alpha t) + rho exp(s), with a rule for rho; exp(-alpha t) may be huberized."""
 
     overflows, sums_rows = True, False
 
@@ -320,10 +317,13 @@ class Penex(RowLoss):
         self,
         alpha: float,
         penalty: PenaltyRule,
-        log_threshold: float | None = None,
+        huberization: float | None = None,
         normalize: bool = False,
     ) -> None:
-        self.alpha, self.penalty, self.log_threshold = alpha, penalty, log_threshold
+        self.alpha, self.penalty = alpha, penalty
+        self.log_threshold = None
+        if huberization is not None:
+            self.log_threshold = math.log(positive("huberization", huberization))
         self.scale = alpha if normalize else 1.0
 
     def on_rows(self, rows: Rows, coupling: Any = None) -> Outcome:
@@ -419,7 +419,7 @@ class Penex(RowLoss):
         if denominator is None:
             denominator = float(t.numel()) if weights is None else weights.sum().item()
         least, most = min(sum_a, sum_z, denominator), max(sum_a, sum_z, denominator)
-        if not 1 / SAFE < least <= most < SAFE or math.isnan(sum_a + sum_z):
+        if not 1 / EXACT_RANGE < least <= most < EXACT_RANGE or math.isnan(sum_a + sum_z):
             return None
         rho = self.penalty.value(sum_a, sum_z)
         divisor = self.scale * (denominator if reduction == "mean" else 1.0)
@@ -444,8 +444,8 @@ def _log_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 # Log-PENEX.
 
-SAFE_FACTOR = 1e15
-"""Between 1 / SAFE_FACTOR and SAFE_FACTOR products of two of them are right in float32."""
+EXACT_FACTOR_RANGE = 1e15
+"""The same for numbers of which two are multiplied."""
 LEAST_SUM = 1e-280
 """From here on sums in float64 have lost nothing to underflow."""
 
@@ -511,7 +511,7 @@ class LogPenex(RowLoss):
         return LogMeans(a, b, nonzero(denominator) if rows.reduction == "mean" else 1.0)
 
     def can_use_partition(self, reduction: Reduction) -> bool:
-        exact = all(power == 0 or power >= LEAST_POWER for power in (self.alpha, self.beta))
+        exact = all(power == 0 or power >= EXACT_POWER for power in (self.alpha, self.beta))
         return exact and reduction != "none" and self.group is None
 
     def from_partition(
@@ -523,7 +523,7 @@ class LogPenex(RowLoss):
         reduction: Reduction,
     ) -> Outcome | None:
         least, most = partition.aminmax()
-        if not 1 / SAFE_FACTOR < least.item() <= most.item() < SAFE_FACTOR:
+        if not 1 / EXACT_FACTOR_RANGE < least.item() <= most.item() < EXACT_FACTOR_RANGE:
             return None
         z, t64 = partition.double(), t.double()
         a = powers(t64, None, -self.alpha)

@@ -185,8 +185,6 @@ def _evaluate_labels(
         make, kept = log_softmax, torch.log_softmax(input, 1, dtype=t.dtype)
         t, log_p = t.to(row_dtype(t)), kept.gather(1, target.index).to(row_dtype(t))
         s = (t - log_p).masked_fill(t == -math.inf, 0)
-    if target.skipped is not None:
-        t, s, log_p = (x.masked_fill(target.skipped, 0) for x in (t, s, log_p))
     outcome = loss.on_rows(_rows(t, s, log_p, target, arguments, input.shape[1]))
     if outcome.log_dz is not None:
         make, kept = None, None
@@ -230,8 +228,6 @@ def _evaluate_soft(
     if loss.overflows or not loss.sums_rows or not log_p.isfinite().all():
         raise _InexactError
     s = input.amax(1, True) - top
-    if target.skipped is not None:
-        s = s.masked_fill(target.skipped, 0)
     outcome = loss.on_rows(_rows(s + log_p, s, log_p, target, arguments, input.shape[1]))
     return _Evaluation(outcome, log_softmax, kept)
 
@@ -262,6 +258,9 @@ def _rows(
     arguments: LossArguments,
     num_classes: int,
 ) -> Rows:
+    """The numbers of the rows, zero where nothing counts."""
+    if target.skipped is not None:
+        t, s, log_p = (x.masked_fill(target.skipped, 0) for x in (t, s, log_p))
     return Rows(t, s, log_p, target.weights, target.denominator, arguments.reduction, num_classes)
 
 
@@ -270,7 +269,7 @@ def _gradient(
 ) -> Tensor:
     """factor * (ds p + dt v), rounded to the input's dtype once."""
     outcome, make, kept = found
-    dtype = computed_in(input)
+    dtype, skipped = computed_in(input), target.skipped
     dt = _times(outcome.dt, factor, dtype)
     if not isinstance(dt, Tensor) or dt.ndim == 0:
         dt = torch.as_tensor(dt, dtype=dtype, device=input.device).expand(input[:, :1].shape)
@@ -281,11 +280,8 @@ def _gradient(
         exponents, scale = _times_log(outcome.log_dz, factor)
     else:
         scale = _times(outcome.ds, factor, dtype)
-    # In pieces where something would be made that is not kept, on the CPU.
-    whole = input.nbytes <= _passes.PIECE or (kept is not None and isinstance(target, Labels))
-    whole = whole or not can_inspect(input)
-    result = torch.empty_like(input) if kept is None else kept
-    for piece in [WHOLE] if whole else pieces(input):
+
+    def rows(piece: slice) -> Tensor:
         x = part(input, piece)
         if make is None:
             made = powers_from(x, _of(exponents, piece))
@@ -296,10 +292,16 @@ def _gradient(
         if scale is not None:
             made.mul_(_of(scale, piece))
         target.add_to(made, x, piece, dt)
-        if target.skipped is not None:
-            made.masked_fill_(part(target.skipped, piece), 0)
-        if whole:
-            return made if made.dtype == input.dtype else made.to(input.dtype)
+        return made if skipped is None else made.masked_fill_(part(skipped, piece), 0)
+
+    # In pieces where something would be made that is not kept, on the CPU.
+    whole = input.nbytes <= _passes.PIECE or (kept is not None and isinstance(target, Labels))
+    if whole or not can_inspect(input):
+        made = rows(WHOLE)
+        return made if made.dtype == input.dtype else made.to(input.dtype)
+    result = torch.empty_like(input) if kept is None else kept
+    for piece in pieces(input):
+        made = rows(piece)
         if kept is None:
             result[piece] = made
     return result.to(input.dtype)
@@ -334,8 +336,6 @@ def _traced(input: Tensor, arguments: LossArguments, loss: RowLoss) -> Tensor:
         t = target.select(input).to(row_dtype(input))
         largest, log_sum = log_partition(input.to(computed_in(input)))
         s, log_p = largest + log_sum, t - largest - log_sum
-        if target.skipped is not None:
-            t, s, log_p = (x.masked_fill(target.skipped, 0) for x in (t, s, log_p))
         outcome = loss.on_rows(_rows(t, s, log_p, target, arguments, input.shape[1]))
         # The gradient's class part is scale * exp(f + exponents).
         exponents, scale = -s, outcome.ds

@@ -42,14 +42,7 @@ from penex._inputs import (
     validate,
 )
 from penex._linear import linear_loss, linear_penex_loss, sampled_linear_penex_loss
-from penex._penalty import (
-    PENALTY_MAX,
-    PENALTY_MIN,
-    Bounds,
-    EstimatedPenalty,
-    GivenPenalty,
-    PenaltyRule,
-)
+from penex._penalty import Bounds, EstimatedPenalty, rule_of
 from penex._row_losses import RowLoss, Rule
 from penex._rows import loss_of
 
@@ -134,12 +127,7 @@ def penex_loss(
         tensor(2.0006)
     """
     alpha = positive("sensitivity", sensitivity)
-    rule: PenaltyRule
-    if penalty is None:
-        rule = EstimatedPenalty(Bounds(alpha, PENALTY_MIN, PENALTY_MAX))
-    else:
-        rule = GivenPenalty(penalty)
-    loss = row_losses.Penex(alpha, rule, log_threshold(huberization), normalize)
+    loss = row_losses.Penex(alpha, rule_of(penalty, alpha), huberization, normalize)
     return evaluate(input, target, loss, weight, ignore_index, reduction, label_smoothing)
 
 
@@ -295,8 +283,7 @@ def estimate_penalty(
         tensor(0.1250)
     """
     bounds = Bounds.checked(sensitivity, penalty_min, penalty_max)
-    rule = EstimatedPenalty(bounds)
-    loss = row_losses.Penex(bounds.sensitivity, rule, log_threshold(huberization))
+    loss = row_losses.Penex(bounds.sensitivity, EstimatedPenalty(bounds), huberization)
     input, arguments = validate(input, target, weight, ignore_index, "mean", label_smoothing)
     if input.numel() == 0:
         return input.new_full((), math.nan, dtype=computed_in(input))
@@ -477,11 +464,6 @@ def evaluate(
         )
     logits, arguments = validate(input, target, weight, ignore_index, reduction, label_smoothing)
     return like_input(loss_of(logits, arguments, loss), input, reduction)
-
-
-def log_threshold(huberization: float | None) -> float | None:
-    """Where huberization begins, as an exponent."""
-    return None if huberization is None else math.log(positive("huberization", huberization))
 
 
 def like_input(value: Tensor, input: Tensor, reduction: str) -> Tensor:

@@ -85,10 +85,9 @@ class _Loss(ProbabilityMixin, nn.Module):
 
     def __init__(
         self,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
+        weight: Tensor | None,
+        ignore_index: int,
+        reduction: str,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
@@ -165,18 +164,15 @@ class PENEX(_Loss):
     ``"fixed"`` the argument counts, whatever state is loaded. A state that belongs to another
     sensitivity gives a warning, and the running penalty starts anew.
 
+    `weight`, `sensitivity`, `huberization`, `ignore_index`, `reduction`, `label_smoothing` and
+    `normalize` are those of the function.
+
     Args:
-        weight: Class weights, shape (K).
-        sensitivity: :math:`\alpha > 0`.
         penalty_mode: ``"running"``, ``"auto"`` or ``"fixed"``.
         penalty: :math:`\rho`, the constant of ``"fixed"`` or the start of ``"running"``.
         penalty_min: Estimates are clamped to at least this.
         penalty_max: Estimates are clamped to at most this.
         ema: Share of the newest estimate in the running penalty, in [0, 1].
-        huberization: As in :func:`penex.functional.penex_loss`.
-        ignore_index: As in :func:`penex.functional.penex_loss`.
-        reduction: As in :func:`penex.functional.penex_loss`.
-        label_smoothing: As in :func:`penex.functional.penex_loss`.
         process_group: In training, estimate :math:`\rho` over the batches of all ranks of this
             group, and let ``"mean"`` divide by the average of their denominators: the gradients
             that DistributedDataParallel averages are then those of one process with the joined
@@ -185,8 +181,6 @@ class PENEX(_Loss):
             when a batch comes, so that the criterion can be built before
             :mod:`torch.distributed` is initialised; without that it is None. None: all from the
             local batch.
-        normalize: Divide the loss by :math:`\alpha`, as in :func:`penex.functional.penex_loss`.
-            The penalty and the probabilities are the same.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -233,12 +227,7 @@ class PENEX(_Loss):
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
         normalize: bool = False,
     ) -> None:
-        super().__init__(
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
         if penalty_mode is None:
             penalty_mode = "running" if penalty is None else "fixed"
         self.penalty_mode = penalty_mode
@@ -309,8 +298,7 @@ class PENEX(_Loss):
         return self._with_penalty(self._penalty_rule())
 
     def _with_penalty(self, penalty: PenaltyRule) -> RowLoss:
-        threshold = functional.log_threshold(self.huberization)
-        return row_losses.Penex(self.sensitivity, penalty, threshold, self.normalize)
+        return row_losses.Penex(self.sensitivity, penalty, self.huberization, self.normalize)
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.penex(logits, self.sensitivity, self.huberization)
@@ -323,13 +311,9 @@ class LogPENEX(_Loss):
     described. There is no penalty to estimate and no state. The model it trains predicts
     :math:`\operatorname{softmax}((1+\alpha) f)`, whatever the power: :meth:`predict_proba`.
 
+    The other arguments are those of the function.
+
     Args:
-        weight: Class weights, shape (K).
-        sensitivity: :math:`\alpha \ge 0`.
-        power: :math:`\beta \ge 0`.
-        ignore_index: As in :func:`penex.functional.log_penex_loss`.
-        reduction: As in :func:`penex.functional.log_penex_loss`.
-        label_smoothing: As in :func:`penex.functional.log_penex_loss`.
         process_group: In training, take the batches of all ranks of this group for one: the
             gradients that DistributedDataParallel averages are then those of one process with the
             joined batch, however rows are ignored, and the ranks' losses average to its loss. One
@@ -366,12 +350,7 @@ class LogPENEX(_Loss):
         label_smoothing: float = 0.0,
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
-        super().__init__(
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
         self.sensitivity, self.power = sensitivity, power
         self.process_group = process_group
 
@@ -389,6 +368,16 @@ class CrossEntropyLoss(_Loss):
 
     Computes :func:`penex.functional.cross_entropy`.
     """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
 
     def _row_loss(self) -> RowLoss:
         return row_losses.CrossEntropy()
@@ -414,12 +403,7 @@ class FocalLoss(_Loss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
         self.gamma = gamma
 
     def _row_loss(self) -> RowLoss:
@@ -446,12 +430,7 @@ class ConfidencePenaltyLoss(_Loss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
         self.strength = strength
 
     def _row_loss(self) -> RowLoss:
@@ -478,12 +457,7 @@ class ZLoss(_Loss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
         self.strength = strength
 
     def _row_loss(self) -> RowLoss:
@@ -512,7 +486,7 @@ class GeneralizedCrossEntropyLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> None:
-        super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
+        super().__init__(weight, ignore_index, reduction)
         self.q = q
 
     def _row_loss(self) -> RowLoss:
