@@ -173,8 +173,8 @@ def test_without_bias_and_without_gradient() -> None:
 def test_evaluation_makes_nothing_of_the_weights_size(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.memory import peak
 
-    monkeypatch.setattr(_linear, "LEAST_ROWS", 1)
-    monkeypatch.setattr(_linear, "BLOCK", 1000)
+    monkeypatch.setattr(_linear, "MIN_BLOCK_ROWS", 1)
+    monkeypatch.setattr(_linear, "BLOCK_BYTES", 1000)
     hidden, weight, target, _ = make(20, 50, 3000, torch.float32)
     weight.requires_grad_()
 

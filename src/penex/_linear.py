@@ -42,12 +42,10 @@ from penex._row_losses import Penex, RowLoss, Rows, Rule, log_partition
 
 __all__ = ["linear_loss", "linear_penex_loss", "sampled_linear_penex_loss"]
 
-BLOCK, LARGE_BLOCK = 1 << 25, 1 << 28
+BLOCK_BYTES, DEVICE_BLOCK_BYTES = 1 << 25, 1 << 28
 """Bytes of logits held at a time, on the CPU and on other devices."""
-LEAST_ROWS = 256
+MIN_BLOCK_ROWS = 256
 """A block has so many rows at least: products of fewer are slow."""
-LARGEST = 1e300
-"""Stands for an infinite exponent."""
 GROWTH = 20.0
 """So far exponents may rise above the first ones before what was summed is scaled down."""
 
@@ -511,9 +509,9 @@ class Shard(NamedTuple):
     def block_rows(self, hidden: Tensor) -> int:
         """Rows of a block: the same on all ranks, as each block takes a collective."""
         ranks = 1 if self.group is None else dist.get_world_size(self.group)
-        room = BLOCK if hidden.is_cpu else LARGE_BLOCK
+        room = BLOCK_BYTES if hidden.is_cpu else DEVICE_BLOCK_BYTES
         size = -(-self.num_classes // ranks) * computed_in(hidden).itemsize
-        return max(room // size, LEAST_ROWS)
+        return max(room // size, MIN_BLOCK_ROWS)
 
     def place(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Where the labels are in this shard, valid to index with, and which are; None: all."""
@@ -578,8 +576,9 @@ class _Gradients:
             torch.zeros_like(x, dtype=layer.dtype) if want and x is not None else None
             for x, want in zip(given, wanted, strict=True)
         ]
-        dtype, device = row_dtype(layer.hidden), layer.hidden.device
-        self.log_scale = torch.full((), -LARGEST, dtype=dtype, device=device)
+        dtype = row_dtype(layer.hidden)
+        self.largest = torch.finfo(dtype).max
+        self.log_scale = torch.full((), -self.largest, dtype=dtype, device=layer.hidden.device)
 
     def add(
         self, block: slice, powers: Tensor, factor: Tensor, log_c: Tensor, sign: Tensor | float
@@ -607,7 +606,7 @@ class _Gradients:
         """Multiply by e^log_factor, and add what the slopes in t contribute."""
         before = self.log_scale + log_factor
         largest = log_dt.amax() if log_dt.numel() else before
-        self.log_scale = torch.maximum(before, largest).clamp(-LARGEST, LARGEST)
+        self.log_scale = torch.maximum(before, largest).clamp(-self.largest, self.largest)
         self.scale(before - self.log_scale)
         dt = ((log_dt - self.log_scale).exp() * sign).to(self.layer.dtype)
         to_hidden, to_weight, to_bias = self.sums
@@ -725,4 +724,4 @@ class _Head(Function):
 def _relative_slopes(loss: RowLoss, rows: Rows) -> tuple[Tensor, Tensor | float]:
     """Slopes in s up to one positive factor of the batch: logarithms, above -inf, and signs."""
     log_slopes, sign = loss.relative_slopes(rows)
-    return log_slopes.clamp(min=-LARGEST), sign
+    return log_slopes.clamp(min=-torch.finfo(log_slopes.dtype).max), sign

@@ -83,8 +83,8 @@ class RowLoss:
     """Whether slopes in s may overflow, so that the gradient is made of :attr:`Outcome.log_dz`."""
     sums_rows = True
     """Whether the loss adds up over the rows: none has to know of another."""
-    wide = True
-    """Whether t and s are used beyond their difference, which float32 may not have."""
+    uses_t_and_s_apart = True
+    """Whether t and s are used beyond their difference, for which float32 may be too coarse."""
     labels_only = False
     """Whether class probabilities are refused."""
     slopes_by_autograd = False
@@ -161,7 +161,7 @@ def log_partition(logits: Tensor) -> tuple[Tensor, Tensor]:
 class PerRow(RowLoss):
     """The weighted sum or mean of a function of log p and s."""
 
-    wide = False
+    uses_t_and_s_apart = False
 
     def of_row(self, log_p: Tensor, s: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """The value of a row, and its derivatives in log p and in s."""
@@ -446,7 +446,7 @@ def _log_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 EXACT_FACTOR_RANGE = 1e15
 """The same for numbers of which two are multiplied."""
-LEAST_SUM = 1e-280
+MIN_SUM = 1e-280
 """From here on sums in float64 have lost nothing to underflow."""
 
 
@@ -532,7 +532,7 @@ class LogPenex(RowLoss):
             a.mul_(weights)
             dz.mul_(weights)
         sum_a, sum_z = a.sum().item(), (dz * z).sum().item()
-        if not (min(sum_a, sum_z) > LEAST_SUM and sum_a + sum_z < math.inf):
+        if not (min(sum_a, sum_z) > MIN_SUM and sum_a + sum_z < math.inf):
             return None
         total = float(t.numel()) if weights is None else weights.sum().item()
         label = math.log(sum_a / total) / self.alpha if self.alpha else -_mean(t64, weights, total)

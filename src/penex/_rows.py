@@ -38,10 +38,10 @@ from penex._passes import (
 from penex._row_losses import Outcome, RowLoss, Rows, log_partition
 from penex._targets import Labels, SoftTargets
 
-SMALL = 1 << 15
+SMALL_BATCH = 1 << 15
 """So few logits that memory does not matter."""
 _DENSE = torch._C.DispatchKey.Dense  # what a tensor that stands for a batch of them lacks
-LEAST_PROBABILITY = 1e-30
+MIN_PROBABILITY = 1e-30
 """A probability from here on has all its digits, and so has its logarithm."""
 
 
@@ -136,7 +136,9 @@ class _InexactError(ArithmeticError):
 class _ByRows(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, arguments: LossArguments, loss: RowLoss) -> Tensor:
-        keep = ctx.needs_input_grad[0] and (input.dtype.itemsize >= 4 or input.numel() <= SMALL)
+        keep = ctx.needs_input_grad[0] and (
+            input.dtype.itemsize >= 4 or input.numel() <= SMALL_BATCH
+        )
         target: Labels | SoftTargets
         if arguments.soft:
             target = SoftTargets(input, arguments, loss.alpha)
@@ -200,9 +202,9 @@ def _numbers_on_cpu(
         kept, (p,) = in_pieces(softmax, input, keep, target.select)
         if target.skipped is not None:
             p = p.masked_fill(target.skipped, 1)
-        if p.amin().item() > LEAST_PROBABILITY:
+        if p.amin().item() > MIN_PROBABILITY:
             log_p = p.log_()
-            if loss.wide:
+            if loss.uses_t_and_s_apart:
                 t, log_p = t.to(row_dtype(t)), log_p.to(row_dtype(t))
             return softmax, kept, t - log_p, log_p
     _, (sums,) = in_pieces(row_log_sums, input, False, lambda made, _: made)
@@ -295,7 +297,7 @@ def _gradient(
         return made if skipped is None else made.masked_fill_(part(skipped, piece), 0)
 
     # In pieces where something would be made that is not kept, on the CPU.
-    whole = input.nbytes <= _passes.PIECE or (kept is not None and isinstance(target, Labels))
+    whole = input.nbytes <= _passes.PIECE_BYTES or (kept is not None and isinstance(target, Labels))
     if whole or not can_inspect(input):
         made = rows(WHOLE)
         return made if made.dtype == input.dtype else made.to(input.dtype)
