@@ -586,7 +586,7 @@ class _Gradients:
         """Add a block with p = factor * powers and c = sign * e^log_c."""
         to_hidden, to_weight, to_bias = self.sums
         hidden, weight = self.layer.hidden[block], self.layer.weight
-        top = log_c.amax()
+        top = log_c.amax().clamp(max=self.largest)
         if not can_inspect(top) or top > self.log_scale + GROWTH:
             before, self.log_scale = self.log_scale, torch.maximum(self.log_scale, top)
             self.scale(before - self.log_scale)
@@ -637,8 +637,8 @@ class _Gradients:
 class _Head(Function):
     """From hidden states, weight and bias to the loss; the other arguments are the boundary's.
 
-    The forward pass makes the gradients up to the factor that comes from behind, but for ``none``,
-    where that is one for each row.
+    The forward pass computes the gradients up to the upstream gradient, a factor. For ``none`` that
+    has a number for each row, and the backward pass computes them.
     """
 
     @staticmethod

@@ -145,11 +145,11 @@ class LinearLoss(nn.Module):
 class LinearPENEX(LinearLoss):
     r"""A linear layer with PENEX as its loss, which never holds all logits at a time.
 
-    :class:`LinearLoss` with a :class:`penex.PENEX` that is made of the arguments given here, and
-    that can be estimated from few classes. The layer predicts
+    :class:`LinearLoss` with a :class:`penex.PENEX` made from the arguments given here; in training
+    the sum over the classes can be estimated from few of them. The layer predicts
     :math:`\operatorname{softmax}((1+\alpha)(h W^\top + b))`: :meth:`predict_proba`.
 
-    The arguments of the loss are attributes of ``criterion``, and are set there.
+    The arguments of the loss are attributes of ``criterion``; to change one, set it there.
 
     Args:
         in_features: D, the size of the hidden states.
