@@ -1,10 +1,13 @@
 # Every target works as the first command on a machine with Python >= 3.11, make and a package
-# index: it makes .venv, installs what it needs from constraints.txt, and runs.
+# index: it makes .venv, installs what it needs, and runs. Packages have the versions of
+# constraints.txt and the hashes of requirements/; torch alone, of which every platform has other
+# builds and which brings CUDA along, is pinned without a hash.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-LOCK := pyproject.toml constraints.txt
+LOCK := pyproject.toml constraints.txt $(wildcard requirements/*.txt)
+DEV := compare,excel,data,attacks,transformers,ray,onnx,docs,dev
 
 .PHONY: demo test lint docs results log-results pictures bench gpu api dist lock clean
 
@@ -81,10 +84,17 @@ dist: .venv/.dev  ## Wheel and sdist, checked, into dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
 
-lock: .venv/.dev  ## Write the installed versions to constraints.txt
+lock: .venv/.dev  ## Write the installed versions to constraints.txt, their hashes to requirements
 	( grep '^#' constraints.txt; $(BIN)/python -m pip list --format=freeze --exclude-editable \
 	  | grep -vE '^(pip|setuptools|wheel)==' | sed 's/+cpu$$//' ) > constraints.new
 	mv constraints.new constraints.txt
+	$(HASHES) --extra compare --output-file requirements/compare.txt
+	$(HASHES) $(foreach extra,$(subst $(comma), ,$(DEV)),--extra $(extra)) --output-file requirements/dev.txt
+
+comma := ,
+HASHES = $(BIN)/uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes \
+  --no-annotate --constraint constraints.txt --override requirements/without-torch.in \
+  --custom-compile-command 'make lock' pyproject.toml
 
 clean:  ## Remove the environment and what was built
 	rm -rf .venv docs/_build docs/auto_examples dist build
@@ -94,9 +104,11 @@ clean:  ## Remove the environment and what was built
 	$(PYTHON) -m venv .venv
 
 .venv/.demo: $(LOCK) | .venv/bin/python
+	$(PIP) install --require-hashes --no-deps --requirement requirements/compare.txt
 	$(PIP) install --constraint constraints.txt --editable '.[compare]'
 	@touch $@
 
 .venv/.dev: $(LOCK) | .venv/bin/python
-	$(PIP) install --constraint constraints.txt --editable '.[compare,excel,data,attacks,transformers,ray,onnx,docs,dev]'
+	$(PIP) install --require-hashes --no-deps --requirement requirements/dev.txt
+	$(PIP) install --constraint constraints.txt --editable '.[$(DEV)]'
 	@touch $@ .venv/.demo

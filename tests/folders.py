@@ -9,8 +9,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_softmax
 
 from penex.compare.config import Config
-from penex.compare.output_folder import run_folder, write_json
-from penex.compare.registry import contender
+from penex.compare.files import write_json
+from penex.compare.output_folder import run_folder
+from penex.compare.registry import parse_loss
 from penex.compare.training.selection import LAST, validation_scores
 
 Floats = NDArray[np.float64]
@@ -119,8 +120,8 @@ def _write_run(
     config: Mapping[str, Any],
 ) -> None:
     where.mkdir(parents=True)
-    who = contender(spec)
-    scale = 1 + who.untuned if who.loss.name == "penex" else 1.0
+    candidate = parse_loss(spec)
+    scale = 1 + candidate.untuned if candidate.loss.name == "penex" else 1.0
     arrays, scores = {}, {}
     for epoch, both in logits.items():
         for part, values in zip(("validation", "test"), both, strict=True):
@@ -133,7 +134,7 @@ def _write_run(
         "loss": spec,
         "seed": seed,
         "lr": config["lr_of"].get(spec, config["lr"]),
-        "knob": who.untuned if who.loss.knob else None,
+        "knob": candidate.untuned if candidate.loss.knob else None,
         "rows": {
             "train": train["train"],
             "validation": len(targets[0]),

@@ -20,7 +20,8 @@ from penex import cli
 from penex.compare.analysis.tables import legend
 from penex.compare.analysis.verdict import recommendation, warnings
 from penex.compare.config import Config, Execution
-from penex.compare.output_folder import read_comparison, read_json, run_folder
+from penex.compare.files import read_json
+from penex.compare.output_folder import read_comparison, run_folder
 from penex.compare.registry import DEFAULT_LOSSES
 
 OPTIONS = (

@@ -1,19 +1,19 @@
-r"""The link of each loss: what trained logits say about the class probabilities.
+r"""The link of each loss, which maps trained logits to class probabilities.
 
 The logits that minimise an expected loss are a function of the class probabilities :math:`q` of the
 input. Its inverse is the loss's link. For cross-entropy the link is :math:`p =
 \operatorname{softmax}(f)`; for most other losses it is not.
 
 The functions take logits, float32 or float64, and the class dimension, and return *calibrated
-logits*, those whose softmax over that dimension are the probabilities. They stay in the log domain,
-where no finite logit overflows, and branch on Python numbers alone, so that they can be compiled
-and exported.
+logits*, whose softmax over that dimension gives the probabilities. They stay in the log domain,
+where no finite logit overflows, and branch only on Python numbers, so that they can be compiled and
+exported.
 
-Under class weights :math:`w`, the probabilities are those of the weighted classes, :math:`\propto
+With class weights :math:`w`, the probabilities are those of the weighted classes, :math:`\propto
 w_k q_k`, as with cross-entropy.
 
-Some links have the form :math:`p_k r_k`, and leave [0, 1] where the logits are no minimiser and
-:math:`r_k` is negative. There :data:`MIN_FACTOR` takes its place, and the result is normalised.
+Some links have the form :math:`p_k r_k`, where :math:`r_k` may be negative for logits that do not
+minimise the expected loss. It is then replaced by :data:`MIN_FACTOR`, and the result is normalised.
 Every link keeps the order of the classes in the logits, and so the argmax, except
 :func:`remove_smoothing` with class weights.
 
@@ -27,21 +27,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_FACTOR = 1e-3
-"""The least :math:`r_k`. On digits, values from 1e-3 to 1e-6 give the same NLL to 2 %."""
+"""The smallest :math:`r_k`. On digits, values from 1e-3 to 1e-6 give the same NLL within 2 %."""
 
 
 class ProbabilityMixin:
-    """``predict_proba`` and ``predict_log_proba`` of a criterion that says what its link is."""
+    """``predict_proba`` and ``predict_log_proba`` for a criterion that defines its link."""
 
     def _calibrated_logits(self, logits: Tensor, dim: int) -> Tensor:
-        """The link, a function of this module: float32 or float64 logits to calibrated logits."""
+        """Apply the link, a function of this module, to float32 or float64 logits."""
         raise NotImplementedError
 
     def predict_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
         """Class probabilities of logits trained with this loss.
 
-        Those at which the expected loss is minimal: of the targets before label smoothing, and,
-        with class weights, of the weighted classes, as with cross-entropy.
+        They are the probabilities at which the expected loss is minimal: of the targets before
+        label smoothing and, with class weights, of the weighted classes, as with cross-entropy.
 
         Args:
             input: Logits, floating point, any shape.
@@ -57,13 +57,13 @@ class ProbabilityMixin:
         return F.softmax(self._calibrated_logits(precise(input), dim), dim).to(input.dtype)
 
     def predict_log_proba(self, input: Tensor, dim: int | None = None) -> Tensor:
-        """Logarithm of :meth:`predict_proba`, computed without leaving the log domain."""
+        """Logarithm of :meth:`predict_proba`, computed in the log domain."""
         dim = class_dim(input, dim)
         return F.log_softmax(self._calibrated_logits(precise(input), dim), dim).to(input.dtype)
 
 
 def precise(input: Tensor) -> Tensor:
-    """Logits in float32 at least."""
+    """Convert logits of lower precision to float32; float64 stays as it is."""
     if not input.is_floating_point():
         raise TypeError(f"input: expected floating-point logits, got {input.dtype}")
     return input if input.dtype == torch.float64 else input.float()
@@ -74,10 +74,10 @@ def class_dim(input: Tensor, dim: int | None) -> int:
 
 
 def penex(logits: Tensor, sensitivity: float, huberization: float | None = None) -> Tensor:
-    r"""PENEX, :math:`(1+\alpha) f`; log-PENEX, for every power.
+    r"""PENEX, :math:`(1+\alpha) f`; the same for log-PENEX with any power.
 
-    A huberized exponential has slope :math:`\alpha \min(e^{-\alpha f}, t)`, so that its minimum is
-    at :math:`\rho e^{f_k} = \alpha q_k \min(e^{-\alpha f_k}, t)` and the link is
+    A huberized exponential has slope :math:`\alpha \min(e^{-\alpha f}, t)`, so the minimum of the
+    loss is at :math:`\rho e^{f_k} = \alpha q_k \min(e^{-\alpha f_k}, t)` and the link is
     :math:`f + \max(\alpha f, -\log t)` (derived).
     """
     if huberization is None:
@@ -101,13 +101,13 @@ def focal(logits: Tensor, gamma: float, dim: int) -> Tensor:
     t = -log_p
     quotient = t.clamp(0.01, 80.0)
     quotient = torch.where(t < 0.01, 1 - t / 2 + t * t / 12, quotient / torch.expm1(quotient))
-    # Not -inf, whose product with gamma would be lost in a difference of infinities.
+    # Finite, because -inf would later end in a difference of infinities.
     log_rest = _log_complement(log_p, dim).clamp(min=-1e30)
     return log_p - gamma * log_rest - torch.log1p(gamma * quotient)
 
 
 def _log_complement(log_p: Tensor, dim: int) -> Tensor:
-    """log(1 - p), for the most probable class from the others, as its own p may round to 1."""
+    """log(1 - p), computed from the other classes for the top class, whose p may round to 1."""
     top = log_p.argmax(dim, keepdim=True)
     is_top = torch.zeros_like(log_p, dtype=torch.bool).scatter(dim, top, True)
     others = log_p.masked_fill(is_top, -math.inf)
@@ -117,7 +117,7 @@ def _log_complement(log_p: Tensor, dim: int) -> Tensor:
 def confidence_penalty(logits: Tensor, strength: float, dim: int) -> Tensor:
     r"""Confidence penalty, :math:`q = p (1 + \beta (\log p + H(p)))` (derived).
 
-    Where :math:`\log p < -H(p) - 1/\beta` this is negative. It increases with p wherever it is
+    This is negative where :math:`\log p < -H(p) - 1/\beta`. It increases with p wherever it is
     positive, and the most probable class has :math:`\log p + H(p) \ge 0`.
     """
     if strength == 0:
@@ -131,31 +131,31 @@ def confidence_penalty(logits: Tensor, strength: float, dim: int) -> Tensor:
 def generalized_cross_entropy(logits: Tensor, q: float, dim: int) -> Tensor:
     r"""Generalised cross-entropy, :math:`\propto p^{1-q}` (derived).
 
-    The mean absolute error, q = 1, puts all probability on the most probable class, so its logits
-    do not tell the others': this gives the uniform distribution.
+    The minimiser of the mean absolute error, q = 1, puts all probability on the most probable class
+    whatever the true probabilities are, so the link returns the uniform distribution.
     """
     log_p = F.log_softmax(logits, dim)
-    return (1 - q) * log_p.clamp(min=torch.finfo(log_p.dtype).min)  # not 0 * inf
+    return (1 - q) * log_p.clamp(min=torch.finfo(log_p.dtype).min)  # avoids 0 * inf
 
 
 def remove_smoothing(
     logits: Tensor, smoothing: float, dim: int, weight: Tensor | None = None
 ) -> Tensor:
-    r"""From the probabilities of smoothed targets to those of the targets.
+    r"""Convert the probabilities of smoothed targets to those of the original targets.
 
-    The link of any loss gives, with label smoothing, the probabilities of the targets that it saw,
-    :math:`p = (1-\varepsilon) q + \varepsilon/K`; so :math:`q \propto p - \varepsilon/K`, negative
-    where :math:`p < \varepsilon/K`.
+    With label smoothing, the link of any loss gives the probabilities of the smoothed targets,
+    :math:`p = (1-\varepsilon) q + \varepsilon/K`; so :math:`q \propto p - \varepsilon/K`, which is
+    negative where :math:`p < \varepsilon/K`.
 
-    With class weights it saw :math:`p_k \propto w_k s_k`, where :math:`s` are the smoothed targets,
-    and the result is :math:`w_k q_k \propto p_k (1 - \varepsilon / (K s_k))`, whose order may
-    differ from that of :math:`p`. A class of weight zero does not tell its share of :math:`s`,
-    which is taken to be nothing.
+    With class weights, :math:`p_k \propto w_k s_k`, where :math:`s` are the probabilities of the
+    smoothed targets, and the result is :math:`w_k q_k \propto p_k (1 - \varepsilon / (K s_k))`,
+    whose order may differ from that of :math:`p`. For a class of weight zero :math:`s_k` cannot be
+    recovered and is taken to be zero.
 
     Args:
         logits: Calibrated logits of the smoothed targets.
-        smoothing: :math:`\varepsilon` in [0, 1]; at 1 the targets have left no trace, and what
-            comes out has no meaning but the order of the classes.
+        smoothing: :math:`\varepsilon` in [0, 1]; at 1, only the order of the classes in the result
+            has a meaning.
         dim: The class dimension.
         weight: :math:`w`, shape (K).
 

@@ -23,8 +23,9 @@ except ImportError as error:
     raise SystemExit(str(error)) from None
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
+
+from penex._terminal import Terminal, printable
 
 if TYPE_CHECKING:
     from penex.compare.config import Config, Execution
@@ -104,6 +105,12 @@ Refit = Annotated[
     typer.Option(
         "--refit",
         help="Train once more, on training and validation rows together; needs the data.",
+    ),
+]
+DataPlace = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="DATA", help="Where the data are now. (default: where FOLDER says)"
     ),
 ]
 Trust = Annotated[
@@ -191,6 +198,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for the page of several comparisons.")] = Path(
         "penex-report"
     ),
+    trust: Trust = False,
     **options: Any,
 ) -> None:
     """Rebuild tables and report.html from the saved files of a comparison, finished or not.
@@ -200,6 +208,7 @@ def report(
     """
     console = _console()
     with _refusals(console):
+        _import_named(folders, trust)
         if len(folders) == 1:
             _report(console, folders[0], **options)
         else:
@@ -227,6 +236,7 @@ def figures(
             show_default=False,
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Draw figures of comparisons, several in one figure, from their saved files."""
     console = _console()
@@ -236,6 +246,7 @@ def figures(
 
         into = out or (folders[0] if len(folders) == 1 else Path("penex-report")) / "figures"
         names = drawing.names(only or [])
+        _import_named(folders, trust)
         comparisons = [read(folder) for folder in folders]
         for name in names:
             path = into / f"{name}.{format}"
@@ -261,6 +272,8 @@ def attack(
     rows: Annotated[
         int, typer.Option(help="Test rows to attack, the same for every loss.", min=1)
     ] = 1000,
+    data: DataPlace = None,
+    trust: Trust = False,
 ) -> None:
     """Attack the networks of a comparison: accuracy on test rows that an adversary changes.
 
@@ -272,8 +285,9 @@ def attack(
     with _refusals(console):
         from penex.paper import attacks
 
+        _import_named([folder], trust)
         radii = {"linf": attacks.radii(linf), "l2": attacks.radii(l2)}
-        attacks.attack(folder, radii=radii, rows=rows, say=console.print)
+        attacks.attack(folder, radii=radii, rows=rows, data=data, say=console.print)
         _report(console, folder)
 
 
@@ -295,6 +309,7 @@ def predict(
         typer.Option(help="CSV file for classes and probabilities. (default: print them)"),
     ] = None,
     refit: Refit = False,
+    data: DataPlace = None,
     trust: Trust = False,
 ) -> None:
     """Predict the classes of new rows with the network of the recommended loss.
@@ -304,15 +319,17 @@ def predict(
     console = _console()
     with _refusals(console):
         from penex.compare.data.new_rows import read_rows
+        from penex.compare.files import write_text
 
-        classifier = _classifier(folder, loss, refit=refit, trust=trust)
+        classifier = _classifier(folder, loss, refit=refit, data=data, trust=trust)
         names, features = read_rows(rows, classifier.description)
         content = classifier.frame(features, names).to_csv(index=False)
         if out is None:
-            typer.echo(content, nl=False)
+            shown = printable(content, keep="\n") if sys.stdout.isatty() else content
+            typer.echo(shown, nl=False)
         else:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(content, encoding="utf-8")
+            write_text(out, content)
             console.print(f"{len(names)} rows by {classifier!r}: {out}", soft_wrap=True)
 
 
@@ -331,12 +348,13 @@ def export(
     ],
     loss: LossName = None,
     refit: Refit = False,
+    data: DataPlace = None,
     trust: Trust = False,
 ) -> None:
     """Write the network of the recommended loss to a file or folder of its own."""
     console = _console()
     with _refusals(console):
-        classifier = _classifier(folder, loss, refit=refit, trust=trust)
+        classifier = _classifier(folder, loss, refit=refit, data=data, trust=trust)
         if target.suffix.lower() == ".onnx":
             what = classifier.export(target)
             console.print(f"{target}: {classifier!r}; its input is {what}", soft_wrap=True)
@@ -345,7 +363,18 @@ def export(
             console.print(f"{target}: {classifier!r}", soft_wrap=True)
 
 
-def _classifier(folder: Path, loss: str | None, *, refit: bool, trust: bool) -> "Classifier":
+def _import_named(folders: list[Path], trust: bool) -> None:
+    """Import what folders name, if the user trusts them."""
+    if trust:
+        from penex.compare.result import import_named
+
+        for folder in folders:
+            import_named(folder)
+
+
+def _classifier(
+    folder: Path, loss: str | None, *, refit: bool, data: str | None, trust: bool
+) -> "Classifier":
     from penex.compare.errors import CompareError
     from penex.compare.result import load
 
@@ -353,7 +382,7 @@ def _classifier(folder: Path, loss: str | None, *, refit: bool, trust: bool) -> 
     if (loss is not None or refit) and not result.is_comparison:
         raise CompareError(f"{folder} holds one classifier; leave out --loss and --refit")
     if refit:
-        return result.refit(loss=loss)
+        return result.refit(data, loss=loss)
     return result.best if loss is None else result.model(loss)
 
 
@@ -448,7 +477,7 @@ def reproduce(
             _reproduced(console, folder, results)
 
 
-def _list(console: Console) -> None:
+def _list(console: Terminal) -> None:
     from rich import box
     from rich.table import Table
 
@@ -471,10 +500,10 @@ def _list(console: Console) -> None:
     console.print(table)
 
 
-def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, Any]]") -> None:
+def _reproduced(console: Terminal, folder: Path, results: "dict[str, dict[str, Any]]") -> None:
     from penex.compare.analysis import tables
-    from penex.compare.output_folder import read_json
-    from penex.compare.registry import contender
+    from penex.compare.files import read_json
+    from penex.compare.registry import parse_loss
     from penex.paper.reproduce import FILE
 
     for experiment, each in results.items():
@@ -494,7 +523,7 @@ def _reproduced(console: Console, folder: Path, results: "dict[str, dict[str, An
         for each in curves["distances"]:
             if each["rms"] is not None:
                 console.print(
-                    f"{contender(each['loss']).label}: validation NLL is {each['rms']:.3f} from "
+                    f"{parse_loss(each['loss']).label}: validation NLL is {each['rms']:.3f} from "
                     f"the published curve (root mean square of epochs {each['first']} to "
                     f"{each['last']}; {curves['source']})"
                 )
@@ -539,7 +568,7 @@ def _execution(options: dict[str, Any]) -> "Execution":
     return execution
 
 
-def _announce(console: Console, config: "Config", out: Path) -> None:
+def _announce(console: Terminal, config: "Config", out: Path) -> None:
     rows = f"{config.train_size} training rows, " if config.train_size else ""
     console.print(
         f"Comparing {len(config.losses)} losses × {config.seeds} seeds on {config.data} "
@@ -548,7 +577,7 @@ def _announce(console: Console, config: "Config", out: Path) -> None:
     )
 
 
-def _report(console: Console, folder: Path, **options: Any) -> None:
+def _report(console: Terminal, folder: Path, **options: Any) -> None:
     from penex.compare.analysis import plots
     from penex.compare.analysis.report import write
 
@@ -558,7 +587,7 @@ def _report(console: Console, folder: Path, **options: Any) -> None:
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
 
-def _show(console: Console, results: "dict[str, Any]") -> None:
+def _show(console: Terminal, results: "dict[str, Any]") -> None:
     """Recommendation, warnings and tables of a comparison."""
     from penex.compare.analysis import tables, verdict
 
@@ -575,7 +604,7 @@ def _show(console: Console, results: "dict[str, Any]") -> None:
         console.print(line, style="dim")
 
 
-def _merge(console: Console, folders: list[Path], out: Path, **options: Any) -> None:
+def _merge(console: Terminal, folders: list[Path], out: Path, **options: Any) -> None:
     from penex.compare.analysis import plots, report, tables, verdict
 
     comparisons = [plots.read(folder, **options) for folder in folders]
@@ -594,9 +623,8 @@ def _merge(console: Console, folders: list[Path], out: Path, **options: Any) -> 
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
-def _console() -> Console:
-    # Names of files and folders are printed as they are: no markup, and no line breaks in them.
-    console = Console(markup=False, highlight=False)
+def _console() -> Terminal:
+    console = Terminal()
     if not console.is_terminal:
         console.width = WIDTH_OF_A_FILE
     if os.environ.get("RANK", "0") != "0":  # torchrun's first process speaks for all
@@ -605,7 +633,7 @@ def _console() -> Console:
 
 
 @contextmanager
-def _refusals(console: Console) -> Iterator[None]:
+def _refusals(console: Terminal) -> Iterator[None]:
     """Turn what the user can mend into one message and an exit status."""
     from penex.compare.errors import CompareError
 
@@ -616,7 +644,7 @@ def _refusals(console: Console) -> Iterator[None]:
         # ModuleNotFoundError would be a fault of this package.
         if isinstance(error, ModuleNotFoundError):
             raise
-        errors = Console(stderr=True, markup=False, highlight=False, quiet=console.quiet)
+        errors = Terminal(stderr=True, quiet=console.quiet)
         errors.print(f"penex: {error}", style="red", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,10 +1,9 @@
-r"""From trained logits to probabilities, and out to other runtimes.
+r"""Probabilities from trained logits, and export to other runtimes.
 
-Every loss has a link, from the logits that minimise it to the class probabilities that they stand
-for: :func:`link`. PENEX is minimised by :math:`f_j = \log(\alpha p_j / \rho) / (1 + \alpha)`, so
-its probabilities are :math:`\operatorname{softmax}((1+\alpha) f)`: the factor undoes the exponent
-:math:`1 / (1+\alpha)` with which the loss writes them into the logits. It leaves the predicted
-class alone.
+Every loss has a link, which maps the logits that minimise it to the class probabilities:
+:func:`link`. PENEX is minimised by :math:`f_j = \log(\alpha p_j / \rho) / (1 + \alpha)`, so its
+probabilities are :math:`\operatorname{softmax}((1+\alpha) f)`. The factor :math:`1+\alpha` does not
+change the predicted class.
 """
 
 from collections.abc import Callable
@@ -27,7 +26,7 @@ def link(criterion: nn.Module) -> Callable[[Tensor], Tensor]:
     r"""The function from a criterion's trained logits to log-probabilities.
 
     The probabilities are those at the minimum of the expected loss. A link that would leave [0, 1]
-    for other logits (label smoothing, confidence penalty) is cut off there: no class gets less than
+    for other logits (label smoothing, confidence penalty) is clipped: no class gets less than
     1/1000 of its softmax probability, before the probabilities are normalised.
 
     Args:
@@ -60,7 +59,7 @@ def link(criterion: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class _CrossEntropyLink(ProbabilityMixin):
-    """The link of torch's cross-entropy, which smooths and weighs targets as penex.losses do."""
+    """The link of torch's cross-entropy, which smooths and weights targets as penex.losses do."""
 
     def __init__(self, criterion: nn.CrossEntropyLoss) -> None:
         self.criterion = criterion
@@ -117,19 +116,19 @@ def predict_proba(input: Tensor, sensitivity: float, dim: int = 1) -> Tensor:
 
 
 class Calibrated(nn.Module):
-    r"""A trained model together with the link of its loss: inputs in, probabilities out.
+    r"""A trained model together with the link of its loss; returns probabilities.
 
-    For :func:`torch.export.export`, ONNX and serving. The wrapped model is not changed.
+    Meant for :func:`torch.export.export`, ONNX and serving. The wrapped model is not changed.
 
     Args:
-        model: Returns logits, shape (N, K) or (N, K, d1, ...).
-        sensitivity: The :math:`\alpha > 0` of PENEX that it was trained with; or, for any loss that
-            :func:`link` knows, the criterion itself.
+        model: A model that returns logits, shape (N, K) or (N, K, d1, ...).
+        sensitivity: The :math:`\alpha > 0` of the PENEX loss that it was trained with; or, for any
+            loss that :func:`link` knows, the criterion itself.
 
     Raises:
         TypeError: The link of the criterion is not known.
         ValueError: The sensitivity is not finite and positive, or `model` has been folded with
-            :func:`fold_temperature`, so that plain softmax is right for it.
+            :func:`fold_temperature`, so that its plain softmax is right already.
 
     Example:
         >>> model = Calibrated(torch.nn.Linear(3, 2), sensitivity=0.1)
@@ -164,20 +163,20 @@ class Calibrated(nn.Module):
 def fold_temperature(module: nn.Module, sensitivity: float) -> nn.Module:
     r"""Scale the last linear layer by :math:`1 + \alpha`, in place, so that plain softmax is right.
 
-    For models trained with PENEX or log-PENEX on targets that were not smoothed, and without
-    huberization: other links are no factor and cannot be folded; :class:`Calibrated` has them.
+    For models trained with PENEX or log-PENEX, without label smoothing and huberization: other
+    links are not a factor and cannot be folded; use :class:`Calibrated` for them.
 
-    Fold a copy meant for deployment. The criterion and further training need the logits as they
-    were, and a state dict does not tell whether it has been folded; the module does, and refuses to
-    be folded twice.
+    Fold only a copy meant for deployment: the criterion and further training need the original
+    logits. A state dict does not record whether it has been folded; the module does, and cannot be
+    folded twice.
 
     The last layer is `module` itself if it is linear or a convolution; otherwise it is found by
-    following the traced computation back from the output, through operations that a factor passes
-    (dropout, flatten, reshape, mean, average pooling, interpolation). Where tracing fails, give the
-    layer itself, for example ``fold_temperature(model.classifier, 0.1)``.
+    following the traced computation back from the output, through operations that commute with
+    scaling (dropout, flatten, reshape, mean, average pooling, interpolation). Where tracing fails,
+    pass the layer itself, for example ``fold_temperature(model.classifier, 0.1)``.
 
     Args:
-        module: The model, in full precision or half.
+        module: The model, in full or half precision.
         sensitivity: The :math:`\alpha > 0` it was trained with.
 
     Returns:
@@ -185,9 +184,9 @@ def fold_temperature(module: nn.Module, sensitivity: float) -> nn.Module:
 
     Raises:
         TypeError: `sensitivity` is not a number.
-        ValueError: `sensitivity` is not finite and positive; the last layer cannot be identified,
-            or cannot be scaled alone, because it is used more than once, shares its weight or is
-            parametrized; or it was folded before.
+        ValueError: `sensitivity` is not finite and positive; the last layer cannot be identified;
+            it cannot be scaled on its own, because it is used more than once, shares its weight or
+            is parametrized; or it has already been folded.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -226,8 +225,8 @@ _LINEAR = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-# What a factor passes: g(c x) = c g(x).
-_PASSING_MODULES = (
+# Operations that commute with scaling: g(c x) = c g(x).
+_HOMOGENEOUS_MODULES = (
     nn.Identity,
     nn.Dropout,
     nn.Dropout1d,
@@ -243,8 +242,8 @@ _PASSING_MODULES = (
     nn.AdaptiveAvgPool3d,
     nn.Upsample,
 )
-_PASSING_FUNCTIONS = (torch.flatten, torch.mean, torch.squeeze, F.dropout, F.interpolate)
-_PASSING_METHODS = (
+_HOMOGENEOUS_FUNCTIONS = (torch.flatten, torch.mean, torch.squeeze, F.dropout, F.interpolate)
+_HOMOGENEOUS_METHODS = (
     "contiguous",
     "flatten",
     "float",
@@ -275,9 +274,9 @@ def _last_layer(module: nn.Module) -> tuple[str, nn.Module]:
             _check_used_once(module, graph, str(node.target), layer)
             return str(node.target), layer
         if not (
-            isinstance(layer, _PASSING_MODULES)
-            or (node.op == "call_function" and node.target in _PASSING_FUNCTIONS)
-            or (node.op == "call_method" and node.target in _PASSING_METHODS)
+            isinstance(layer, _HOMOGENEOUS_MODULES)
+            or (node.op == "call_function" and node.target in _HOMOGENEOUS_FUNCTIONS)
+            or (node.op == "call_method" and node.target in _HOMOGENEOUS_METHODS)
         ):
             break
         node = node.args[0] if node.args else node.kwargs.get("input")
@@ -304,7 +303,7 @@ def _check_used_once(module: nn.Module, graph: fx.Graph, name: str, layer: nn.Mo
 
 
 def _check_alone(module: nn.Module, name: str, layer: nn.Module) -> None:
-    """Refuse a layer whose weights do more than make the output."""
+    """Refuse a layer that is parametrized or shares its weights."""
     # The older weight_norm, spectral_norm and prune leave a plain tensor where the weight was.
     if parametrize.is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
         raise ValueError(

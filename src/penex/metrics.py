@@ -1,14 +1,14 @@
-r"""What a set of logits and labels is worth: accuracy, likelihood, calibration, margins.
+r"""Metrics of classifiers from logits and labels: accuracy, likelihood, calibration, margins.
 
 Every function takes the logits (N, K) and the integer labels (N,) of a whole set, as numpy arrays,
 torch tensors (any device, any dtype) or nested lists, and computes in float64. Nothing here is
-averaged over mini-batches: a calibration error is not a mean over samples, and its average over
+averaged over mini-batches: a calibration error is not a mean over samples, and averaging it over
 batches makes a perfectly calibrated predictor look bad.
 
-"Logits" are those of the predicted probabilities, softmax(logits). For a network :math:`f` trained
-with PENEX pass :math:`(1+\alpha) f`, and everything, margins included, compares with other losses.
+The predicted probabilities are softmax(logits). For a network :math:`f` trained with PENEX, pass
+:math:`(1+\alpha) f`; all metrics, margins included, can then be compared with other losses.
 
-All functions of (logits, target) refuse the same things. ValueError: shapes other than (N, K) and
+All functions of (logits, target) raise the same errors. ValueError: shapes other than (N, K) and
 (N,) with N >= 1 and K >= 2; labels outside [0, K); NaN or +inf logits, and -inf for the label
 (for another class -inf is a probability of zero). TypeError: logits that are not real numbers,
 labels that are not integers.
@@ -68,7 +68,7 @@ SMOOTH_ECE_CELLS = 4096
 
 
 class Metric(NamedTuple):
-    """How a table shows a metric."""
+    """How tables show a metric."""
 
     label: str
     higher_is_better: bool
@@ -77,12 +77,12 @@ class Metric(NamedTuple):
     """The lowest and the highest possible value."""
 
     def format(self, value: float) -> str:
-        """The number without its unit: an accuracy of 0.934 is "93.4", an NLL of 1/3 "0.333"."""
+        """A value without its unit: "93.4" for an accuracy of 0.934, "0.333" for an NLL of 1/3."""
         return f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
 
 
 class Spread(NamedTuple):
-    """What :func:`spread` measures."""
+    """The result of :func:`spread`."""
 
     label: float
     """The variance of f_y."""
@@ -91,19 +91,19 @@ class Spread(NamedTuple):
 
 
 class Decomposition(NamedTuple):
-    """What :func:`decompose_nll` returns; `refinement` + `calibration` is `nll`."""
+    """The result of :func:`decompose_nll`; `refinement` + `calibration` is `nll`."""
 
     nll: float
-    """Of the predictions as they are."""
+    """NLL of the predictions as they are."""
     refinement: float
-    """Of the predictions after temperature scaling: what a better scale cannot mend."""
+    """NLL of the predictions after temperature scaling, which no better scale reduces."""
     calibration: float
-    """What temperature scaling gains; negative if it makes these rows worse."""
+    """Reduction of the NLL by temperature scaling; negative if scaling makes these rows worse."""
     temperature: float
     """T, fitted on other rows."""
 
 
-METRICS: Mapping[str, Metric] = {  # what `evaluate` returns, in its order
+METRICS: Mapping[str, Metric] = {  # in the order of `evaluate`
     "accuracy": Metric("Accuracy", higher_is_better=True, percent=True),
     "balanced_accuracy": Metric("Balanced accuracy", higher_is_better=True, percent=True),
     "macro_f1": Metric("Macro-F1", higher_is_better=True, percent=True),
@@ -127,7 +127,7 @@ class Reliability:
         edges: (B + 1,) from 0 to 1. Bin b is [edges[b], edges[b + 1]), the last one closed.
         count: (B,) integers, samples in each bin.
         confidence: (B,) mean confidence, NaN in an empty bin.
-        accuracy: (B,) share of right predictions, NaN in an empty bin.
+        accuracy: (B,) share of correct predictions, NaN in an empty bin.
     """
 
     edges: Floats
@@ -138,7 +138,7 @@ class Reliability:
 
 @dataclass(frozen=True)
 class _Predictions:
-    """What `_predictions` has checked; nothing below checks logits or labels again."""
+    """Predictions checked by `_predictions`; nothing below checks logits or labels again."""
 
     log_prob: Floats  # (N, K)
     target: Integers  # (N,)
@@ -156,7 +156,7 @@ class _Predictions:
     def log_odds(self) -> Floats:
         """(N,) log(c / (1 - c)) of the confidence c, finite.
 
-        It orders as c does, without tying all that rounds to 1.
+        They have the order of c, without ties among the values that round to 1.
         """
         log_odds = self.of(self.predicted) - logsumexp(self.without(self.predicted), axis=1)
         return np.asarray(np.nan_to_num(log_odds))  # +inf where every other class is masked
@@ -173,7 +173,7 @@ class _Predictions:
 
 
 def _array(values: Any) -> NDArray[Any]:
-    if hasattr(values, "detach"):  # a torch tensor, told by its methods: torch is not imported
+    if hasattr(values, "detach"):  # a torch tensor; torch is not imported to check for one
         values = values.detach().cpu()
         if values.is_floating_point():
             values = values.double()  # numpy has no bfloat16
@@ -241,7 +241,7 @@ def _smooth_ece(confidence: Floats, correct: Floats) -> float:
     cells = SMOOTH_ECE_CELLS
     cell = np.minimum((confidence * cells).astype(np.intp), cells - 1)
     gap = np.bincount(cell, weights=correct - confidence, minlength=cells) / confidence.size
-    # A Gaussian reflected at 0 and 1 is diffusion between walls: cosines, each with its own decay.
+    # A reflected Gaussian kernel is diffusion on [0, 1], where each cosine decays at its own rate.
     waves, decay = dct(gap), -0.5 * (math.pi * np.arange(cells)) ** 2
 
     def excess(width: float) -> float:
@@ -260,8 +260,8 @@ def _classwise_ece(p: _Predictions, bins: int) -> float:
 
 
 def _confidence_auroc(p: _Predictions) -> float:
-    """By the rank sum of Mann and Whitney: scikit-learn's checks take longer than the sum."""
-    from scipy.stats import rankdata  # slow to import, and needed here alone
+    """The AUROC by the Mann-Whitney rank sum: scikit-learn's input checks take longer than this."""
+    from scipy.stats import rankdata  # slow to import, and needed only here
 
     right = int(p.correct.sum())
     wrong = len(p.correct) - right
@@ -272,7 +272,7 @@ def _confidence_auroc(p: _Predictions) -> float:
 
 
 def _aurc(p: _Predictions) -> float:
-    """The mean over coverages i / N of the risk among the i most confident, ties in any order."""
+    """The mean over coverages i / N of the risk among the i most confident rows, ties averaged."""
     levels, level = np.unique(p.log_odds, return_inverse=True)
     count = np.bincount(level, minlength=len(levels))
     risk = np.bincount(level, weights=1 - p.correct) / count
@@ -281,7 +281,7 @@ def _aurc(p: _Predictions) -> float:
 
 
 def _hits_and_sizes(p: _Predictions) -> tuple[Integers, Integers, Integers]:
-    """Per class: rows rightly predicted, rows of that label, rows of that prediction."""
+    """Per class: rows predicted correctly, rows with that label, rows with that prediction."""
     k = p.log_prob.shape[1]
     hits = np.bincount(p.target[p.correct == 1], minlength=k)
     return hits, np.bincount(p.target, minlength=k), np.bincount(p.predicted, minlength=k)
@@ -299,7 +299,7 @@ def _macro_f1(p: _Predictions) -> float:
 
 
 def accuracy(logits: ArrayLike, target: ArrayLike) -> float:
-    """Share of samples whose largest logit is the label's; of equal logits the first class counts.
+    """Share of samples whose largest logit is the label's; among equal logits the first counts.
 
     Args:
         logits: (N, K), softmax(logits) being the prediction.
@@ -312,9 +312,9 @@ def accuracy(logits: ArrayLike, target: ArrayLike) -> float:
 
 
 def balanced_accuracy(logits: ArrayLike, target: ArrayLike) -> float:
-    """The mean over classes of the share of their rows that are predicted rightly (recall).
+    """The mean over classes of the recall, the share of their rows that are predicted correctly.
 
-    Over the classes that have rows, as :func:`sklearn.metrics.balanced_accuracy_score`. Arguments
+    Only classes with rows count, as in :func:`sklearn.metrics.balanced_accuracy_score`. Arguments
     as in :func:`accuracy`.
     """
     return _balanced_accuracy(_predictions(logits, target))
@@ -364,14 +364,14 @@ def ece(
         bins: The number of bins B.
         binning: ``"width"``: bins [b / B, (b + 1) / B), the last one closed, so a confidence of
             exactly 1 is in it. ``"mass"``: in order of confidence, bin b starts at rank
-            floor(b N / B), so sizes differ by one at most; but equal confidences always share a
+            floor(b N / B), so sizes differ by at most one; but equal confidences always share a
             bin (the last that any of them would be in), so the order of samples does not matter.
 
     Returns:
         The calibration error.
 
     Raises:
-        ValueError: Also if `bins` < 1 or `binning` is neither.
+        ValueError: Also if `bins` < 1 or `binning` is neither of the two.
     """
     return _ece(_predictions(logits, target), bins, binning)
 
@@ -381,8 +381,8 @@ def classwise_ece(logits: ArrayLike, target: ArrayLike, *, bins: int = 15) -> fl
 
     .. math:: \frac{1}{K} \sum_k \sum_b \frac{n_{bk}}{N} |\bar y_{bk} - \bar p_{bk}|
 
-    with :math:`\bar y_{bk}` the share of label k among the samples whose :math:`p_k` is in
-    equal-width bin b, and :math:`\bar p_{bk}` the mean of that :math:`p_k`.
+    where :math:`\bar y_{bk}` is the share of label k among the samples whose :math:`p_k` is in
+    equal-width bin b, and :math:`\bar p_{bk}` is the mean of their :math:`p_k`.
 
     Arguments as in :func:`ece`.
     """
@@ -392,14 +392,15 @@ def classwise_ece(logits: ArrayLike, target: ArrayLike, *, bins: int = 15) -> fl
 def smooth_ece(logits: ArrayLike, target: ArrayLike) -> float:
     r"""Smooth calibration error of the largest probability (Błasiok & Nakkiran, 2023), in [0, 1].
 
-    With confidences :math:`c_i`, :math:`a_i` = 1 for right predictions and a Gaussian kernel
-    :math:`K_\sigma` reflected at 0 and 1,
+    With confidences :math:`c_i`, :math:`a_i` = 1 for correct predictions (0 for others) and a
+    Gaussian kernel :math:`K_\sigma` reflected at 0 and 1, it is
 
     .. math:: \int_0^1 \Bigl|\frac1N \sum_i (a_i - c_i) K_\sigma(t, c_i)\Bigr|\, dt
 
-    at the one width :math:`\sigma` that it equals. Unlike :func:`ece` it has no bins to choose
-    and changes continuously with the predictions. As any calibration error it is above zero for
-    calibrated predictions, too: see :func:`calibration_floor`. Arguments as in :func:`accuracy`.
+    for the one width :math:`\sigma` that is equal to it. Unlike :func:`ece`, it has no bins to
+    choose and changes continuously with the predictions. Like any calibration error, it is positive
+    even for calibrated predictions: see :func:`calibration_floor`. Arguments as in
+    :func:`accuracy`.
     """
     p = _predictions(logits, target)
     return _smooth_ece(p.confidence, p.correct)
@@ -408,16 +409,16 @@ def smooth_ece(logits: ArrayLike, target: ArrayLike) -> float:
 def calibration_floor(
     logits: ArrayLike, target: ArrayLike, *, draws: int = 200, seed: int = 0
 ) -> float:
-    """The mean :func:`smooth_ece` if these very predictions were calibrated.
+    """The mean :func:`smooth_ece` that these predictions would have if they were calibrated.
 
-    For each draw, row i is counted as right with the probability of its confidence. A smooth ECE
+    In each draw, row i counts as correct with a probability equal to its confidence. A smooth ECE
     near this floor is no evidence of miscalibration.
 
     Args:
         logits: As in :func:`accuracy`.
-        target: As in :func:`accuracy`; checked, but without influence.
-        draws: How many sets to simulate.
-        seed: Of the simulation.
+        target: As in :func:`accuracy`; checked, but otherwise not used.
+        draws: Number of sets to simulate.
+        seed: Seed of the simulation.
 
     Returns:
         The floor, of the order of 1 / sqrt(N).
@@ -434,9 +435,9 @@ def calibration_floor(
 
 
 def confidence_auroc(logits: ArrayLike, target: ArrayLike) -> float:
-    """The chance that a right prediction has more confidence than a wrong one (area under ROC).
+    """Probability that a correct prediction has more confidence than a wrong one (AUROC).
 
-    Arguments as in :func:`accuracy`. NaN if all predictions are right or all are wrong.
+    Arguments as in :func:`accuracy`. NaN if all predictions are correct or all are wrong.
     Confidences that float64 rounds to 1 keep their order.
     """
     return _confidence_auroc(_predictions(logits, target))
@@ -446,14 +447,14 @@ def aurc(logits: ArrayLike, target: ArrayLike) -> float:
     """Area under the risk-coverage curve (Geifman & El-Yaniv, 2017), in [0, 1]; lower is better.
 
     The risk at coverage i / N is the share of wrong predictions among the i with the most
-    confidence; the area is the mean over i = 1 … N. Rows of equal confidence count as in the mean
-    over their orders. Arguments as in :func:`accuracy`.
+    confidence; the area is the mean over i = 1 … N. For rows of equal confidence, the result is
+    averaged over their orders. Arguments as in :func:`accuracy`.
     """
     return _aurc(_predictions(logits, target))
 
 
 def margins(logits: ArrayLike, target: ArrayLike) -> Floats:
-    r"""(N,) margins :math:`\log p_y - \max_{j \ne y} \log p_j`, positive for right predictions.
+    r"""(N,) margins :math:`\log p_y - \max_{j \ne y} \log p_j`, positive for correct predictions.
 
     In nats. Arguments as in :func:`accuracy`. +inf where all other classes have probability zero.
     """
@@ -463,9 +464,9 @@ def margins(logits: ArrayLike, target: ArrayLike) -> Floats:
 def spread(logits: ArrayLike, target: ArrayLike) -> Spread:
     r"""The variances of :math:`f_y` and of :math:`\log \sum_j e^{f_j}`, in square nats.
 
-    Half of each, times a power, is what the log-domain loss adds to cross-entropy for small powers:
-    :func:`penex.functional.log_penex_loss`. The one metric for logits as the network has them,
-    without the factor of inference. Arguments as in :func:`accuracy`.
+    Half of each, times a power, is what the log-domain loss adds to cross-entropy for small powers;
+    see :func:`penex.functional.log_penex_loss`. This is the one metric that takes the network's own
+    logits, without the inference factor. Arguments as in :func:`accuracy`.
     """
     p = _predictions(logits, target)
     label = np.asarray(_array(logits), np.float64)[np.arange(len(p.target)), p.target]
@@ -482,11 +483,12 @@ def margin_bound(mean_loss: float, margin: float, sensitivity: float, penalty: f
         \Pr(m \le \gamma) \le \frac{\overline{\ell}\; e^{\alpha\gamma/(1+\alpha)}}
         {(1+\alpha)\, (\rho/\alpha)^{\alpha/(1+\alpha)}}.
 
-    No loss is below its limit for :math:`m \to \infty`, so for :math:`\gamma \ge 0` the bound is
-    above 1 and says nothing.
+    The denominator is the infimum of the loss, its limit for :math:`m \to \infty`, so for
+    :math:`\gamma \ge 0` the bound is above 1 and says nothing.
 
     Args:
-        mean_loss: Mean of :math:`e^{-\alpha f_y} + \rho \sum_j e^{f_j}`; no weights, no smoothing.
+        mean_loss: Mean of :math:`e^{-\alpha f_y} + \rho \sum_j e^{f_j}`, without class weights and
+            label smoothing.
         margin: :math:`\gamma`, a margin of the network's own logits :math:`f`; :func:`margins` of
             the probabilities' logits are :math:`1+\alpha` times as large.
         sensitivity: :math:`\alpha > 0`.
@@ -509,13 +511,13 @@ def margin_bound(mean_loss: float, margin: float, sensitivity: float, penalty: f
 
 
 def fit_temperature(logits: ArrayLike, target: ArrayLike, *, smoothing: float = 0.1) -> float:
-    r"""The temperature T for softmax(logits / T) (Guo et al., 2017), with a little smoothing.
+    r"""Fit the temperature T of softmax(logits / T) (Guo et al., 2017), with a little smoothing.
 
-    The likelihood alone has no maximum at the edges: T goes to zero if every label has the largest
-    logit, and to infinity if the logits say nothing of the labels. Against the first, a share
-    :math:`\varepsilon = s / (N + s)` of every label is spread evenly over the classes (Laplace
-    smoothing), as if s of N + s rows had random labels. Against the second, log T is added with
-    the same weight. The objective
+    The likelihood alone may have no maximum: T goes to zero if every label has the largest logit,
+    and to infinity if the logits carry no information about the labels. To prevent the first, a
+    share :math:`\varepsilon = s / (N + s)` of every label is spread evenly over the classes
+    (Laplace smoothing), as if s of N + s rows had random labels. To prevent the second, log T is
+    added with the same weight. The objective
 
     .. math:: (1 - \varepsilon)\, \mathrm{NLL}(T)
         + \varepsilon \Bigl(-\frac1{NK} \sum_{ik} \log p_{ik}(T) + \log T\Bigr)
@@ -526,16 +528,16 @@ def fit_temperature(logits: ArrayLike, target: ArrayLike, *, smoothing: float = 
     Args:
         logits: As in :func:`accuracy`, of samples that the network was not trained on.
         target: As in :func:`accuracy`.
-        smoothing: s > 0, in rows. A random label costs as much as the network is sure, so a whole
-            row is too much: for labels drawn from softmax(logits) of 50 rows, 10 classes and an
-            accuracy of 95 %, T is 3 times too large on average, and 1.35 times with a tenth of a
-            row, which also came out best or close to it for 2 classes, 1,000 rows and lower
-            accuracies.
+        smoothing: s > 0, in rows. The more confident the network, the more a random label costs,
+            so a whole row is too much: with labels drawn from softmax(logits) for 50 rows, 10
+            classes and an accuracy of 95 %, it makes T 3 times too large on average. A tenth of a
+            row makes it 1.35 times too large, and was also best or close to best for 2 classes,
+            1,000 rows and lower accuracies.
 
     Returns:
         T. If the logits contradict the labels it is large, up to N / s times their range: the
-            probabilities are then uniform for all purposes. 1 if the logits of every row are equal,
-            as no T changes their probabilities.
+            probabilities are then practically uniform. 1 if the logits of every row are equal, as
+            T then does not change the probabilities.
 
     Raises:
         ValueError: Also if `smoothing` is not positive and finite.
@@ -556,7 +558,7 @@ def fit_temperature(logits: ArrayLike, target: ArrayLike, *, smoothing: float = 
     expected = float(((1 - share) * label + share * even).mean())
 
     def slope(log_inverse: float) -> float:
-        """1 / T times the derivative of the objective by 1 / T, which has its sign."""
+        """The derivative of the objective in 1 / T, times 1 / T, which keeps its sign."""
         inverse = math.exp(log_inverse)
         prob = softmax(lead * inverse, axis=1)
         return inverse * (float(np.vdot(prob, finite_lead)) / len(prob) - expected) - share
@@ -577,11 +579,11 @@ def decompose_nll(
     *,
     smoothing: float = 0.1,
 ) -> Decomposition:
-    """The NLL as refinement error plus calibration error (arXiv 2501.19195).
+    """Decompose the NLL into refinement error and calibration error (arXiv 2501.19195).
 
-    The refinement error is the least NLL that a map of the predictions could reach, the
-    calibration error what that map gains. Here the map is temperature scaling, fitted on rows
-    other than those it is measured on, so the calibration error may be slightly negative.
+    The refinement error is the lowest NLL that a map of the predictions can reach; the calibration
+    error is the reduction by that map. Here the map is temperature scaling, fitted on rows other
+    than those it is measured on, so the calibration error may be slightly negative.
 
     Args:
         logits: As in :func:`accuracy`, of the test rows.
@@ -603,11 +605,11 @@ def decompose_nll(
 def majority_baseline(
     train_target: ArrayLike, test_target: ArrayLike, num_classes: int
 ) -> dict[str, float]:
-    """All of :data:`METRICS` of predicting the class shares of the training rows for every row.
+    """All :data:`METRICS` of predicting the class shares of the training rows for every row.
 
-    Its accuracy is that of the majority class; of equally frequent classes the first is predicted.
-    Each class counts one row more than it has, so that a class without training rows does not
-    make the NLL infinite.
+    The predicted class is the majority class; among equally frequent classes, the first. One row is
+    added to the count of each class, so that a class without training rows does not make the NLL
+    infinite.
 
     Args:
         train_target: (M,) integer labels in [0, `num_classes`).
@@ -628,7 +630,7 @@ def majority_baseline(
 
 
 def reliability(logits: ArrayLike, target: ArrayLike, *, bins: int = 15) -> Reliability:
-    """Accuracy against confidence, for a diagram: the bins of :func:`ece`. Arguments as there."""
+    """Accuracy against confidence in equal-width bins. Arguments as in :func:`ece`."""
     p = _predictions(logits, target)
     index = _bin_index(p.confidence, bins)
     count = np.bincount(index, minlength=bins)
@@ -642,7 +644,7 @@ def reliability(logits: ArrayLike, target: ArrayLike, *, bins: int = 15) -> Reli
 
 
 def evaluate(logits: ArrayLike, target: ArrayLike, *, bins: int = 15) -> dict[str, float]:
-    """All of :data:`METRICS`, by name and in that order. Arguments as in :func:`ece`.
+    """All :data:`METRICS`, by name and in that order. Arguments as in :func:`ece`.
 
     "ece" has bins of equal width, "ece_mass" of equal mass; "auroc" is :func:`confidence_auroc`,
     "margin" the mean of :func:`margins`.
@@ -670,12 +672,12 @@ def evaluate(logits: ArrayLike, target: ArrayLike, *, bins: int = 15) -> dict[st
 
 
 def row_values(logits: ArrayLike, target: ArrayLike) -> dict[str, Floats]:
-    """Per row, the metrics of :func:`evaluate` that are means over rows.
+    """The values per row of the metrics of :func:`evaluate` that are means over rows.
 
     Arguments as in :func:`accuracy`.
 
     Returns:
-        (N,) for "accuracy" (1 for right, 0 for wrong), "nll", "brier" and "margin".
+        (N,) for "accuracy" (1 if correct, else 0), "nll", "brier" and "margin".
     """
     p = _predictions(logits, target)
     return {
@@ -697,16 +699,17 @@ def bootstrap(
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals of accuracy, NLL, Brier score and equal-width ECE.
 
-    The N predictions are drawn N at a time with replacement. This is the uncertainty due to a
-    finite test set, not to training. For a small ECE the interval lies too high, and may exclude
-    the ECE itself: resampling adds noise to every gap, and absolute values do not cancel.
+    Each resample draws N of the N predictions with replacement. The intervals show the uncertainty
+    due to a finite test set, not that due to training. For a small ECE the interval is too high,
+    and may exclude the ECE itself: resampling adds noise to every gap, and absolute values do not
+    cancel.
 
     Args:
         logits: As in :func:`accuracy`.
         target: As in :func:`accuracy`.
-        resamples: How many sets to draw.
+        resamples: Number of resamples.
         level: Coverage of the intervals, in (0, 1).
-        seed: Of the draws.
+        seed: Seed of the resampling.
         bins: As in :func:`ece`.
 
     Returns:
@@ -722,8 +725,8 @@ def bootstrap(
     p = _predictions(logits, target)
     n, index = len(p.target), _bin_index(p.confidence, bins)
     # The metrics are functions of sums over samples, so a resample is this matrix times how often
-    # each sample is drawn. One at a time: the memory does not grow with their number. By einsum,
-    # as the last bits of a BLAS product depend on its threads.
+    # each sample is drawn. Resamples are taken one at a time, so that memory does not grow with
+    # their number, and by einsum, as the last bits of a BLAS product depend on its threads.
     per_sample = np.zeros((3 + bins, n))
     per_sample[:3] = p.correct, -p.of(p.target), _brier(p)
     per_sample[3 + index, np.arange(n)] = p.correct - p.confidence

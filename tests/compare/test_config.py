@@ -1,4 +1,4 @@
-"""Settings: where they come from, and what is refused, with name, expectation and value."""
+"""Settings: their sources, and error messages with name, expectation and value."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from penex.compare.config import Config, configure
 from penex.compare.errors import CompareError, named
-from penex.compare.registry import DEFAULT_LOSSES, contender
+from penex.compare.registry import DEFAULT_LOSSES, parse_loss
 
 
-def test_the_demonstration_is_little_data() -> None:
+def test_demonstration_trains_on_few_rows() -> None:
     config = configure()
     assert (config.data, config.train_size, config.seeds) == ("digits", 300, 5)
     assert config.losses == DEFAULT_LOSSES
@@ -40,7 +40,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
     assert configure(path) == configure()
 
 
-def test_a_file_may_ask_for_all_rows(tmp_path: Path) -> None:
+def test_null_train_size_in_a_file_means_all_rows(tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text("train_size: null\n")
     assert configure(path).train_size is None
@@ -53,7 +53,7 @@ def test_a_file_may_ask_for_all_rows(tmp_path: Path) -> None:
     hidden=st.lists(st.integers(1, 10**6)).map(tuple),
     train_size=st.none() | st.integers(1, 10**9),
 )
-def test_settings_come_back_from_plain_values(**values: Any) -> None:
+def test_settings_round_trip_through_plain_values(**values: Any) -> None:
     config = Config(**values)
     assert Config(**config.settings()) == config
     assert {"losses", "seeds", "data", "target"}.isdisjoint(config.fixed())
@@ -92,7 +92,7 @@ def test_values_out_of_range_are_refused(options: dict[str, Any], name: str, got
     assert message.endswith(f", got {got}")
 
 
-def test_unknown_setting(tmp_path: Path) -> None:
+def test_unknown_setting_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text("epoch: 3\n")
     with pytest.raises(
@@ -127,7 +127,7 @@ def test_unknown_setting(tmp_path: Path) -> None:
         (["label-smoothing=1.01"], r"^losses: expected label-smoothing=NUMBER .*1.01'$"),
     ],
 )
-def test_losses_that_are_refused(losses: list[str], message: str) -> None:
+def test_invalid_losses_are_refused(losses: list[str], message: str) -> None:
     with pytest.raises(CompareError, match=message):
         configure(losses=losses)
 
@@ -135,7 +135,7 @@ def test_losses_that_are_refused(losses: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     "names", [("drop", "keep"), ("group", "time"), ("text", "drop"), ("text", "keep")]
 )
-def test_columns_have_one_use(names: tuple[str, str]) -> None:
+def test_a_column_cannot_have_two_uses(names: tuple[str, str]) -> None:
     values = {name: ["a"] if name in ("drop", "keep") else "b" for name in names}
     with pytest.raises(CompareError, match=f"^{names[0]} and {names[1]} exclude each other"):
         configure(**values)
@@ -178,10 +178,10 @@ def test_one_loss_with_several_values() -> None:
     )
 
 
-def test_values_that_differ_in_the_last_digit_are_two_losses() -> None:
+def test_values_that_differ_in_the_last_digit_are_different_losses() -> None:
     losses = ("penex=0.1234567", f"penex={np.nextafter(0.1234567, 1)}", "penex=0.123457")
     assert configure(losses=losses).losses == losses
-    labels = [contender(spec).label for spec in losses]
+    labels = [parse_loss(spec).label for spec in losses]
     assert labels[0] == "PENEX α=0.1234567"
     assert len(set(labels)) == 3
 
@@ -195,7 +195,7 @@ def test_values_that_differ_in_the_last_digit_are_two_losses() -> None:
         (b"\xff\xfe\x00", "is not valid YAML"),
     ],
 )
-def test_files_that_hold_no_settings(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_without_settings_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "settings.yaml"
     path.write_bytes(content)
     with pytest.raises(CompareError, match=message) as refusal:
@@ -204,7 +204,7 @@ def test_files_that_hold_no_settings(tmp_path: Path, content: bytes, message: st
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "."])
-def test_files_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(CompareError, match="^config: cannot read .*: "):
         configure(tmp_path / name)
 

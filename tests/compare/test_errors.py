@@ -1,4 +1,4 @@
-"""Messages name settings as files and Python have them, and as the command does."""
+"""Error messages name settings both as in files and Python and as on the command line."""
 
 import ast
 from pathlib import Path
@@ -20,12 +20,12 @@ SOURCES = sorted(Path(penex.compare.__file__).parent.rglob("*.py"))
         ("lr_of", "lr_of"),
     ],
 )
-def test_a_setting_is_spelled_in_both_ways_where_they_differ(setting: str, expected: str) -> None:
+def test_a_setting_is_named_both_ways_if_they_differ(setting: str, expected: str) -> None:
     assert named(setting) == expected
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_no_message_has_a_setting_without_its_option(path: Path) -> None:
+def test_no_message_names_a_setting_without_its_option(path: Path) -> None:
     """In the literal text of errors; what `named` makes is not part of it."""
     settings = {name for name in Config.model_fields if "_" in name} - set(IN_FILES_ONLY)
     found = []

@@ -1,4 +1,4 @@
-"""Every entry builds the loss it names, in its range, with the scale of its gradient."""
+"""Every entry of the registry: its criterion, the range of its knob and its gradient scale."""
 
 import math
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from penex.compare.registry import (
     DEFAULT_LOSSES,
     LOSSES,
     REFERENCE,
-    Contender,
+    Candidate,
     Context,
     Loss,
-    contender,
+    parse_loss,
 )
 from penex.paper import ablations
 
@@ -117,26 +117,26 @@ def test_the_criterion_is_the_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KNOBS)
-def test_the_range_holds_the_default_and_can_be_asked_for(name: str) -> None:
+def test_the_range_contains_the_default_and_its_values_are_accepted(name: str) -> None:
     loss = LOSSES[name]
     assert loss.knob is not None
     assert loss.knob.low < loss.knob.default < loss.knob.high <= loss.knob.most
     assert not loss.knob.log or loss.knob.low > 0
     for value in values(loss):
-        who = contender(f"{name}={value!r}")
-        assert who == Contender(f"{name}={value!r}", loss, value)
-        assert who.untuned == value
-    assert contender(name).untuned == loss.knob.default
+        candidate = parse_loss(f"{name}={value!r}")
+        assert candidate == Candidate(f"{name}={value!r}", loss, value)
+        assert candidate.untuned == value
+    assert parse_loss(name).untuned == loss.knob.default
 
 
 def test_label_smoothing_ends_below_one() -> None:
     """At 1, no logits would stand for any class probabilities."""
-    loss = contender("label-smoothing=0.99").loss
+    loss = parse_loss("label-smoothing=0.99").loss
     assert loss.knob is not None
     assert loss.build(loss.knob.most, CONTEXT)(LOGITS, TARGET).isfinite()
     assert loss.link(loss.knob.most, 7)(LOGITS).isfinite().all()
     with pytest.raises(CompareError, match="got 'label-smoothing=1'"):
-        contender("label-smoothing=1")
+        parse_loss("label-smoothing=1")
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
@@ -162,7 +162,7 @@ def test_divided_by_its_scale_the_gradient_at_zero_is_that_of_cross_entropy(
                 criterion.after_step()
 
 
-def test_only_the_hard_constraint_touches_the_logits() -> None:
+def test_only_the_hard_constraint_changes_the_logits() -> None:
     assert [name for name, loss in LOSSES.items() if loss.constrain] == ["conex-hard"]
     constrain = LOSSES["conex-hard"].constrain
     assert constrain is not None
@@ -193,8 +193,8 @@ def test_a_schedule_ends_at_the_knob_with_the_run() -> None:
     ],
 )
 def test_labels(spec: str, label: str) -> None:
-    assert contender(spec).label == label
+    assert parse_loss(spec).label == label
 
 
-def test_no_knob_has_no_value() -> None:
-    assert math.isnan(contender(REFERENCE).untuned)
+def test_without_a_knob_the_value_is_nan() -> None:
+    assert math.isnan(parse_loss(REFERENCE).untuned)

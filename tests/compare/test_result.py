@@ -1,4 +1,4 @@
-"""From Python: any data, the winner in hand, and the same predictions in another folder."""
+"""Comparisons from Python: data of any kind, the returned model, and its saved bundle."""
 
 import io
 import json
@@ -21,8 +21,10 @@ from penex import cli
 from penex.compare.config import Config
 from penex.compare.data.split import draw_rows
 from penex.compare.errors import CompareError
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_logits
 from penex.compare.models.classifier import Classifier
-from penex.compare.output_folder import read_json, read_logits, run_folder
+from penex.compare.output_folder import run_folder
 from penex.compare.result import Result, compare_losses, in_memory, load
 from penex.metrics import accuracy, nll
 
@@ -133,7 +135,7 @@ def test_onnx_gives_the_probabilities(
     assert metadata == {"classes": json.dumps(best.classes_.tolist()), "input": what}
 
 
-def test_refitting_has_the_validation_rows_too(
+def test_refitting_includes_the_validation_rows(
     made: tuple[Result, Any, Any, dict[str, Any]],
 ) -> None:
     result, X, y, _ = made  # noqa: N806
@@ -147,7 +149,7 @@ def test_refitting_has_the_validation_rows_too(
     assert not np.array_equal(refit.logits(X[:9]), result.model("penex").logits(X[:9]))
 
 
-def test_what_a_result_shows(result: Result, tmp_path: Path) -> None:
+def test_table_summary_and_report_of_a_result(result: Result, tmp_path: Path) -> None:
     assert list(result.table["loss"]) == ["cross-entropy", "cross-entropy", "penex", "penex"]
     assert list(result.table["seed"]) == [0, 1, 0, 1]
     assert result.table["knob"].isna().tolist() == [True, True, False, False]
@@ -169,7 +171,7 @@ def test_what_a_result_shows(result: Result, tmp_path: Path) -> None:
         result.save(tmp_path / "kept")
 
 
-def test_without_a_folder_nothing_stays() -> None:
+def test_without_a_folder_nothing_is_left_on_disk() -> None:
     made = compare_losses(numbers(), Y, **SMALL | {"seeds": 1, "epochs": 1})
     folder = made.folder
     assert folder.exists()
@@ -177,7 +179,7 @@ def test_without_a_folder_nothing_stays() -> None:
     assert not folder.exists()
 
 
-def test_a_folder_of_ones_own_continues(tmp_path: Path) -> None:
+def test_a_given_folder_is_continued(tmp_path: Path) -> None:
     first = compare_losses(numbers(), Y, **SMALL | {"seeds": 1}, out=tmp_path / "out")
     assert len(first.table) == 2
     run = run_folder(tmp_path / "out", "penex", 0) / "run.json"
@@ -200,13 +202,13 @@ def test_a_folder_of_ones_own_continues(tmp_path: Path) -> None:
         (Y[:, None], np.integer),
     ],
 )
-def test_classes_are_predicted_as_they_came(labels: Any, kind: type) -> None:
+def test_predicted_classes_have_the_original_type(labels: Any, kind: type) -> None:
     made = compare_losses(numbers(), labels, **SMALL | {"seeds": 1, "losses": ["penex"]})
     assert np.issubdtype(made.best.classes_.dtype, kind)
     np.testing.assert_array_equal(made.best.classes_, np.unique(labels))
 
 
-def test_a_path_is_data_too(tmp_path: Path) -> None:
+def test_a_path_is_accepted_as_data(tmp_path: Path) -> None:
     table().to_csv(tmp_path / "rows.csv", index=False)
     made = compare_losses(tmp_path / "rows.csv", target="label", **SMALL | {"seeds": 1})
     assert made.best.classes_.tolist() == ["no", "yes"]
@@ -217,7 +219,7 @@ def net(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     return nn.Linear(shape[0], num_classes)
 
 
-def test_a_network_of_ones_own(tmp_path: Path) -> None:
+def test_a_user_defined_network(tmp_path: Path) -> None:
     """Found again in the process; elsewhere only where it is trusted or given."""
     made = compare_losses(numbers(), Y, **SMALL | {"seeds": 1}, model=net)
     assert isinstance(made.best.network, nn.Linear)
@@ -259,7 +261,7 @@ def test_refused(X: Any, y: Any, settings: dict[str, Any], message: str) -> None
 # New rows
 
 
-def test_rows_that_are_not_like_those_of_training(result: Result) -> None:
+def test_rows_unlike_the_training_rows_are_refused(result: Result) -> None:
     best, frame = result.best, table()
     for rows, message in (
         (frame.drop(columns="few"), r"expected also the columns 'few'; got 'number', .*"),
@@ -310,14 +312,14 @@ def test_a_damaged_bundle_is_refused(
         _ = load(folder).best
 
 
-def test_a_bundle_holds_no_pickle(result: Result, tmp_path: Path) -> None:
+def test_a_bundle_contains_no_pickle(result: Result, tmp_path: Path) -> None:
     folder = result.best.save(tmp_path / "model")
     names = {path.name for path in folder.iterdir()}
     assert names == {"model.json", "model.safetensors", "weights.safetensors"}
     assert not [path for path in result.folder.rglob("*") if path.suffix in (".ckpt", ".pkl")]
 
 
-def test_a_folder_that_holds_nothing(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompareError, match="holds no comparison"):
         load(tmp_path)
 

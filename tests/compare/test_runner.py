@@ -1,4 +1,4 @@
-"""The comparison as a whole, on real runs: paired, resumable, and never half-written."""
+"""The comparison as a whole, with real runs: paired, resumable and never half-written."""
 
 import contextlib
 import os
@@ -22,13 +22,15 @@ from waiting import GUARD, wait_until
 
 from penex import cli
 from penex.compare.analysis import plots, report
-from penex.compare.analysis.summary import curves, summarize
+from penex.compare.analysis.summary import summarize
 from penex.compare.config import Config
 from penex.compare.data.load import load
 from penex.compare.data.split import split
 from penex.compare.errors import CompareError
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_curve, read_logits
 from penex.compare.models.files import read_network
-from penex.compare.output_folder import read_comparison, read_json, read_logits, run_folder
+from penex.compare.output_folder import read_comparison, run_folder
 from penex.compare.registry import LOSSES
 
 Make = Callable[..., Path]
@@ -136,18 +138,18 @@ def test_every_loss_gets_the_same_weights_and_batches(make: Make, tmp_path: Path
     assert not np.array_equal(epochs[1], epochs[2])
 
 
-def test_losses_that_equal_cross_entropy_give_its_runs(make: Make, tmp_path: Path) -> None:
+def test_losses_equal_to_cross_entropy_reproduce_its_runs(make: Make, tmp_path: Path) -> None:
     equal = ("label-smoothing=0", "focal=0", "confidence-penalty=0")
     folder = make(tmp_path / "out", losses=("cross-entropy", *equal), label_noise=0.2)
     for seed in (0, 1):
         reference = read_logits(run_folder(folder, "cross-entropy", seed))
-        curve = curves(folder, "cross-entropy", seed)
+        curve = read_curve(run_folder(folder, "cross-entropy", seed))
         for spec in equal:
             logits = read_logits(run_folder(folder, spec, seed))
             assert logits.keys() == reference.keys()
             for name in logits:
                 np.testing.assert_allclose(logits[name], reference[name], atol=1e-5, rtol=0)
-            for name, column in curves(folder, spec, seed).items():
+            for name, column in read_curve(run_folder(folder, spec, seed)).items():
                 if name != "seconds":
                     np.testing.assert_allclose(column, curve[name], rtol=1e-5)
     one, other = (read_logits(run_folder(folder, "cross-entropy", seed)) for seed in (0, 1))
@@ -155,7 +157,7 @@ def test_losses_that_equal_cross_entropy_give_its_runs(make: Make, tmp_path: Pat
         assert not np.array_equal(one[name], other[name])
 
 
-def test_a_run_says_what_its_logits_say(make: Make, tmp_path: Path) -> None:
+def test_a_run_records_the_scores_of_its_logits(make: Make, tmp_path: Path) -> None:
     """Curve, record and saved logits are of the same weights, at the epochs they name."""
     folder = make(tmp_path / "out", label_noise=0.3, lr=0.03, epochs=8)
     config, _ = read_comparison(folder)
@@ -163,7 +165,10 @@ def test_a_run_says_what_its_logits_say(make: Make, tmp_path: Path) -> None:
     for spec in config.losses:
         scale = {"cross-entropy": 1.0, "penex": 1.1}[spec]
         for seed in range(config.seeds):
-            where, curve = run_folder(folder, spec, seed), curves(folder, spec, seed)
+            where, curve = (
+                run_folder(folder, spec, seed),
+                read_curve(run_folder(folder, spec, seed)),
+            )
             record, logits = read_json(where / "run.json"), read_logits(where)
             np.testing.assert_array_equal(curve["epoch"], range(1, 9))
             nll, accuracy = curve["validation_nll"], curve["validation_accuracy"]
@@ -284,7 +289,7 @@ def start() -> Iterator[Callable[[Path, int], Process]]:
             process.popen.communicate()
 
 
-def test_interrupted_and_killed_it_ends_as_if_nothing_had_happened(
+def test_an_interrupted_and_killed_comparison_gives_the_same_results(
     start: Callable[[Path, int], Process], make: Make, uninterrupted: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
@@ -329,7 +334,7 @@ def test_interrupted_and_killed_it_ends_as_if_nothing_had_happened(
     )
 
 
-def test_ctrl_c_where_one_process_does_it_all(
+def test_ctrl_c_with_a_single_process(
     start: Callable[[Path, int], Process], tmp_path: Path
 ) -> None:
     """Lightning, which trains in this process, would end it on its own terms."""
@@ -343,7 +348,7 @@ def test_ctrl_c_where_one_process_does_it_all(
     assert partials(tmp_path) == []
 
 
-def test_two_at_a_time_give_the_numbers_of_one_at_a_time(finished: Path, tmp_path: Path) -> None:
+def test_parallel_runs_equal_sequential_ones(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     options = ["--losses=cross-entropy,penex", "--seeds=2", "--epochs=3", "--jobs=2"]
     result = CliRunner().invoke(cli.app, ["compare", "iris", *options, f"--out={folder}"])
@@ -354,20 +359,20 @@ def test_two_at_a_time_give_the_numbers_of_one_at_a_time(finished: Path, tmp_pat
 # One folder, one comparison
 
 
-def test_nothing_is_done_twice(make: Make, copy: Path) -> None:
+def test_finished_runs_are_not_repeated(make: Make, copy: Path) -> None:
     before = stamps(copy)
     assert watched(make, copy, "penex").batches == []
     assert stamps(copy) == before
 
 
-def test_the_selection_may_change_where_nothing_was_tuned(make: Make, copy: Path) -> None:
+def test_the_selection_may_change_without_tuning(make: Make, copy: Path) -> None:
     before = stamps(copy)
     make(copy, select="nll")
     assert stamps(copy) == before
     assert read_comparison(copy)[0].select == "nll"
 
 
-def test_more_seeds_and_losses_join(make: Make, copy: Path, tmp_path: Path) -> None:
+def test_further_seeds_and_losses_can_be_added(make: Make, copy: Path, tmp_path: Path) -> None:
     before = stamps(copy)
     make(copy, seeds=3, losses=("cross-entropy", "penex", "focal"))
     assert before.items() < stamps(copy).items()
@@ -408,7 +413,7 @@ def test_another_configuration_is_refused(
     assert (stamps(copy), (copy / "comparison.json").read_bytes()) == before
 
 
-def test_data_is_known_by_its_content(make: Make, tmp_path: Path) -> None:
+def test_data_is_identified_by_its_content(make: Make, tmp_path: Path) -> None:
     iris = load(Config(data="iris"))
     paths = [tmp_path / "one.npz", tmp_path / "other.npz"]
     for path in paths:
@@ -424,7 +429,7 @@ def test_data_is_known_by_its_content(make: Make, tmp_path: Path) -> None:
         make(folder, data=str(paths[1]), losses=("penex",), seeds=1)
 
 
-def test_refused_data_leaves_no_folder(make: Make, tmp_path: Path) -> None:
+def test_refused_data_creates_no_folder(make: Make, tmp_path: Path) -> None:
     with pytest.raises(CompareError, match="unknown data 'irs'"):
         make(tmp_path / "out", data="irs")
     assert not (tmp_path / "out").exists()

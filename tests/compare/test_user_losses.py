@@ -1,4 +1,4 @@
-"""Losses of one's own: what is accepted, what is refused, and where their code may run."""
+"""User-defined losses: what is accepted, what is refused, and where their code may run."""
 
 import json
 import math
@@ -16,7 +16,7 @@ import penex
 from penex._cli_options import words
 from penex.compare.config import configure
 from penex.compare.errors import CompareError
-from penex.compare.registry import LOSSES, Context, Knob, Loss, contender
+from penex.compare.registry import LOSSES, Context, Knob, Loss, parse_loss
 from penex.compare.result import compare_losses, load
 from penex.compare.user_losses import check, fisher_error, measured_scale, user_loss
 from penex.compare.user_objects import register
@@ -60,7 +60,7 @@ HINGE = Loss(
 )
 
 
-def test_every_form_of_a_loss_is_trained_and_kept(tmp_path: Path) -> None:
+def test_every_form_of_a_loss_is_trained_and_saved(tmp_path: Path) -> None:
     """In worker processes too, which have not imported this module under its name."""
     losses = ["cross-entropy", Brier, absolute, Doubled(), HINGE]
     made = compare_losses(X, Y, losses=losses, **SMALL | {"jobs": 2}, tune=1)
@@ -84,7 +84,7 @@ def test_every_form_of_a_loss_is_trained_and_kept(tmp_path: Path) -> None:
     assert again.table["nll"].tolist() == same.table["nll"].tolist()
 
 
-def test_a_common_scale_makes_the_factor_of_a_loss_mean_nothing() -> None:
+def test_with_a_common_gradient_scale_a_factor_changes_nothing() -> None:
     name = register(Brier)
     losses = [f"{name}(factor={factor})" for factor in (1, 8)]
     made = compare_losses(X, Y, losses=["cross-entropy", *losses], **SMALL, optimizer="sgd")
@@ -94,10 +94,10 @@ def test_a_common_scale_makes_the_factor_of_a_loss_mean_nothing() -> None:
 
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.gradient_scale])
 @pytest.mark.parametrize("classes", [2, 7])
-def test_the_measured_scale_is_the_one_that_is_registered(name: str, classes: int) -> None:
+def test_the_measured_scale_equals_the_registered_one(name: str, classes: int) -> None:
     loss = LOSSES[name]
     context = Context(classes, steps_total=6, steps_per_epoch=2)
-    criterion = loss.build(contender(name).untuned, context)
+    criterion = loss.build(parse_loss(name).untuned, context)
     assert loss.gradient_scale is not None
     expected = loss.gradient_scale(criterion, classes)
     assert measured_scale(criterion, classes) == pytest.approx(expected, rel=1e-4)
@@ -135,7 +135,7 @@ def test_a_loss_that_cannot_be_trained_is_refused(loss: Any, message: str) -> No
     ("loss", "consistent"),
     [(Brier, True), (Doubled, True), (penex.PENEX, True), (absolute, False)],
 )
-def test_fisher_error_tells_a_right_link_from_a_wrong_one(loss: Any, consistent: bool) -> None:
+def test_fisher_error_distinguishes_correct_from_wrong_links(loss: Any, consistent: bool) -> None:
     assert (fisher_error(loss) < 1e-3) == consistent
 
 
@@ -179,10 +179,10 @@ def test_fisher_error_tells_a_right_link_from_a_wrong_one(loss: Any, consistent:
 def test_options_of_a_loss(
     spec: str, name: str, label: str, untuned: float, expected: dict[str, Any]
 ) -> None:
-    who = contender(spec)
-    assert (who.spec, who.label) == (name, label)
-    assert who.untuned == pytest.approx(untuned)
-    criterion = who.loss.build(who.untuned, CONTEXT)
+    candidate = parse_loss(spec)
+    assert (candidate.spec, candidate.label) == (name, label)
+    assert candidate.untuned == pytest.approx(untuned)
+    criterion = candidate.loss.build(candidate.untuned, CONTEXT)
     assert {option: getattr(criterion, option) for option in expected} == pytest.approx(expected)
     assert configure(losses=[spec]).losses == (name,)
 
@@ -195,7 +195,7 @@ def test_options_of_a_loss(
         ("penex(penalty_mode=wild)", "penalty_mode"),
         ("penex(ema=0..1,sensitivity=0.1..1)", "one option can be tuned, not 2"),
         ("penex(ema=1..0)", "expected ema=LOW..HIGH"),
-        ("penex(ema=0.1,ema=0.2)", "an option comes twice"),
+        ("penex(ema=0.1,ema=0.2)", "an option is repeated"),
         ("penex()", r"expected penex\(OPTION=VALUE, ...\)"),
         ("penex(ema)", r"expected penex\(OPTION=VALUE, ...\)"),
         ("penex(a=../../x)", "expected NAME"),
@@ -205,7 +205,7 @@ def test_options_of_a_loss(
 )
 def test_options_that_are_refused(spec: str, message: str) -> None:
     with pytest.raises(CompareError, match=f"^losses: .*{message}"):
-        contender(spec)
+        parse_loss(spec)
 
 
 def test_the_ranged_option_is_tuned() -> None:
@@ -244,7 +244,7 @@ def test_a_module_is_imported_where_the_user_names_it(module: Callable[[str], Pa
     mark = module("own_loss_a")
     config = configure(data="iris", losses=["cross-entropy", "own_loss_a:mine(factor=2)"])
     assert mark.exists()
-    assert contender(config.losses[1]).label == "mine (factor=2)"
+    assert parse_loss(config.losses[1]).label == "mine (factor=2)"
     with pytest.raises(CompareError, match="cannot import no_such_module"):
         configure(losses=["no_such_module:mine"])
     with pytest.raises(CompareError, match="own_loss_a has no attribute other"):
@@ -268,7 +268,7 @@ def test_a_received_folder_runs_no_code_unless_it_is_trusted(
     assert json.loads((saved / "model.json").read_text())["loss"] == "own_loss_b:mine"
 
 
-def test_entries_with_a_name_of_their_own() -> None:
+def test_entries_take_the_given_name() -> None:
     loss = user_loss("hinge", HINGE)
     check(loss)
     assert loss.name == "hinge"

@@ -343,7 +343,7 @@ def test_warm_start_goes_on() -> None:
     assert classifier.loss_curve_[0] < first[-1]
     with pytest.raises(ValueError, match="classes of the first fit"):
         classifier.fit(X, y + 1)
-    with pytest.raises(ValueError, match="the network there is"):
+    with pytest.raises(ValueError, match="the existing network"):
         classifier.set_params(hidden_layer_sizes=(9,)).fit(X, y)
     classifier.set_params(hidden_layer_sizes=(8,), loss="focal").fit(X, y)
     assert isinstance(classifier.criterion_, penex.losses.FocalLoss)

@@ -1,4 +1,4 @@
-"""The ablations against formulas in 40 digits, closed-form minimisers and steps taken by hand."""
+"""The ablations against formulas in 40 digits, closed-form minimisers and hand-computed steps."""
 
 import copy
 import math
@@ -16,8 +16,9 @@ from scipy.special import lambertw
 from torch import Tensor, nn
 
 from penex import PENEX
+from penex.compare.finished_runs import read_logits
 from penex.compare.models.files import read_network
-from penex.compare.output_folder import checkpoint_file, read_logits, run_folder
+from penex.compare.output_folder import checkpoint_file, run_folder
 from penex.paper import ablations
 from penex.paper.ablations import (
     AugmentedLagrangianLoss,
@@ -152,7 +153,7 @@ def test_under_the_hard_constraint_the_minimiser_is_the_centred_log_probability(
     torch.testing.assert_close((alpha * logits).softmax(0), P)
 
 
-def test_the_exponential_loss_alone_has_no_minimum_but_its_flow_goes_where_it_is_said_to() -> None:
+def test_the_exponential_loss_has_no_minimum_but_its_gradient_flow_has_the_derived_limit() -> None:
     alpha, rate, steps = 0.5, 0.5, 40_000
     logits = torch.zeros(4, dtype=torch.float64)
     for step in range(steps):
@@ -243,7 +244,7 @@ def test_dual_ascent_finds_the_multiplier_of_the_constraint() -> None:
     assert criterion.multiplier.item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_multiplier_is_in_the_checkpoint_in_the_middle_of_an_epoch_too() -> None:
+def test_checkpoints_within_an_epoch_contain_the_multiplier() -> None:
     first = AugmentedLagrangianLoss(0.5, 10.0)
     first(LOGITS.float(), TARGET)
     first.after_epoch()
@@ -265,7 +266,7 @@ def test_the_multiplier_is_in_the_checkpoint_in_the_middle_of_an_epoch_too() -> 
     st.floats(1e-6, 5),
     st.sampled_from(["linear", "cosine"]),
 )
-def test_a_schedule_goes_from_start_to_target_and_stays(
+def test_a_schedule_goes_from_start_to_target_and_stays_there(
     steps: int, start: float, target: float, shape: str
 ) -> None:
     values = [
@@ -306,7 +307,7 @@ def test_scheduled_penex_is_penex_at_the_scheduled_sensitivity(shape: str) -> No
     assert criterion.sensitivity == 0.3
 
 
-def test_a_resumed_schedule_goes_on() -> None:
+def test_a_resumed_schedule_continues() -> None:
     first = ScheduledPENEX(0.3, steps=10)
     for _ in range(4):
         first.after_step()

@@ -17,7 +17,9 @@ from penex import cli
 from penex.compare.analysis import plots, report, robustness, tables
 from penex.compare.analysis.statistics import resplit_interval
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json, read_logits, run_folder, write_json
+from penex.compare.files import read_json, write_json
+from penex.compare.finished_runs import read_logits
+from penex.compare.output_folder import run_folder
 from penex.paper import attacks
 from penex.paper import trained_networks as checkpoints
 from penex.paper.attacks import Target, accuracies, final
@@ -86,7 +88,7 @@ def test_accuracy_of_a_linear_model_is_the_exact_one(
         assert left["pgd"] <= share + 0.1
 
 
-def test_the_scale_of_logits_blinds_cross_entropy_and_nothing_else() -> None:
+def test_the_scale_of_logits_weakens_only_attacks_on_cross_entropy() -> None:
     """As the module says, and the reason why several attacks are made."""
     linear = Linear(4)
     radius = RADII["linf"][1:]
@@ -150,7 +152,7 @@ def test_attacks_stay_within_radius_and_range(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_array_equal(kept[[1, 3]], moved[[1, 3]])
 
 
-def test_seeds_decide_and_global_generators_are_left_alone() -> None:
+def test_results_depend_on_the_seed_but_not_on_global_generators() -> None:
     linear = Linear(3)
     before = np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     moved = []
@@ -172,7 +174,7 @@ def test_radii(text: str, expected: list[float]) -> None:
 
 
 @pytest.mark.parametrize("text", ["x", "1/0", "1,,inf", "nan"])
-def test_radii_that_are_none(text: str) -> None:
+def test_invalid_radii_are_refused(text: str) -> None:
     with pytest.raises(CompareError, match="radius: expected a number"):
         attacks.radii(text)
 
@@ -263,7 +265,7 @@ def test_a_constrained_network_keeps_its_constraint(
     np.testing.assert_allclose(logits.sum(1), 0, atol=1e-5)
 
 
-def test_what_is_there_is_not_attacked_again(attacked: Path, tmp_path: Path) -> None:
+def test_recorded_attacks_are_not_repeated(attacked: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(attacked, tmp_path / "out"))
     whole = robustness.read(folder)
     marked = [record | {"mark": True} for record in whole[:5]]
@@ -303,7 +305,7 @@ def test_refusals(attacked: Path, copy: Path) -> None:
         attacks.attack(copy)
 
 
-def test_other_data_than_trained_on_are_refused(copy: Path) -> None:
+def test_data_other_than_the_training_data_are_refused(copy: Path) -> None:
     described = read_json(copy / "comparison.json")
     described["data"]["fingerprint"] = "0" * 64
     write_json(copy / "comparison.json", described)
@@ -327,7 +329,7 @@ def test_summary_is_over_seeds(attacked: Path) -> None:
     assert robustness.summary(records, "penex", "refined", "l2") == {}
 
 
-def test_report_shows_it(attacked: Path) -> None:
+def test_the_report_shows_robustness(attacked: Path) -> None:
     comparison = plots.read(attacked)
     results = comparison.results
     report.write(comparison)
@@ -357,7 +359,7 @@ def test_command(copy: Path) -> None:
     assert "got 'far'" in refused.stderr
 
 
-def test_pictures_are_attacked_as_pixels(make: Callable[..., Path], tmp_path: Path) -> None:
+def test_images_are_attacked_as_pixels(make: Callable[..., Path], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     target = np.tile(np.arange(3), 20)
     pixels = rng.integers(0, 80, size=(60, 16, 16, 3)) + 60 * target[:, None, None, None]

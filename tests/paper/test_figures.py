@@ -1,4 +1,4 @@
-"""Every figure is drawn from saved files, and shows what these hold."""
+"""Every figure is drawn from saved files and shows their content."""
 
 import math
 import re
@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 
 from penex import cli, functional
 from penex.compare.analysis import plots, robustness
-from penex.compare.analysis.summary import curves
 from penex.compare.errors import CompareError
+from penex.compare.files import write_json
+from penex.compare.finished_runs import read_curve
 from penex.compare.models.choose import resolve
-from penex.compare.output_folder import write_json
+from penex.compare.output_folder import run_folder
 from penex.compare.registry import DEFAULT_LOSSES
 from penex.metrics import ece
 from penex.paper import figures
@@ -139,7 +140,7 @@ def test_names() -> None:
         ("robustness", "no comparison was attacked; run penex attack first"),
     ],
 )
-def test_what_is_missing_is_said(finished: Path, name: str, missing: str) -> None:
+def test_missing_data_is_reported(finished: Path, name: str, missing: str) -> None:
     with pytest.raises(NothingToShowError, match=missing):
         drawn(name, finished)
 
@@ -148,7 +149,7 @@ def test_curves_are_means_over_seeds(sweep: Path) -> None:
     figure = drawn("curves", sweep)
     columns = ("train_nll", "validation_nll", "train_accuracy", "validation_accuracy")
     for axes, column in enumerate(columns):
-        runs = [curves(sweep, "penex=0.1", seed)[column] for seed in range(2)]
+        runs = [read_curve(run_folder(sweep, "penex=0.1", seed))[column] for seed in range(2)]
         factor = 100 if "accuracy" in column else 1
         epochs, values = line(figure, "PENEX α=0.1", axes)
         np.testing.assert_array_equal(epochs, np.arange(1, 21))
@@ -187,7 +188,10 @@ def test_calibration_has_a_panel_for_each_loss_that_was_swept(sweep: Path) -> No
 def test_gradient_norm_is_that_of_the_curves(sweep: Path, tmp_path: Path) -> None:
     alphas, norms = line(drawn("gradient-norm", sweep), "Mean over training")
     for alpha, norm in zip(alphas, norms, strict=True):
-        own = [curves(sweep, f"penex={alpha:g}", seed)["gradient_norm"].mean() for seed in (0, 1)]
+        own = [
+            read_curve(run_folder(sweep, f"penex={alpha:g}", seed))["gradient_norm"].mean()
+            for seed in (0, 1)
+        ]
         assert norm == pytest.approx(np.mean(own))
     old = Path(shutil.copytree(sweep, tmp_path / "old"))
     for path in (old / "runs").glob("*/*/curve.csv"):
@@ -211,7 +215,7 @@ def test_the_curve_has_the_norm_before_clipping(
     loss = F.cross_entropy(network(torch.from_numpy(features)), torch.from_numpy(target))
     gradients = torch.autograd.grad(loss, list(network.parameters()))
     norm = math.sqrt(sum(float(each.double().square().sum()) for each in gradients))
-    found = curves(folder, "cross-entropy", 0)["gradient_norm"]
+    found = read_curve(run_folder(folder, "cross-entropy", 0))["gradient_norm"]
     assert found == pytest.approx([norm], rel=1e-4)
 
 
@@ -383,7 +387,7 @@ def test_the_users_matplotlib_settings_are_neither_used_nor_changed(
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_data_that_are_gone_cost_only_their_figures(
+def test_missing_data_removes_only_the_figures_that_need_it(
     make: Make, plane: Path, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)

@@ -115,7 +115,7 @@ def test_the_sweeps() -> None:
     assert ablations["deep-supervision"].model_options == {"deep_supervision": True}
 
 
-def test_only_what_was_published_is_called_so() -> None:
+def test_only_published_numbers_are_called_published() -> None:
     best = {("cross-entropy", 2.296, 41), ("label-smoothing=0.13", 2.225, 75)}
     best |= {("penex=0.085", 2.067, 540)}
     last = {("cross-entropy", 3.63), ("label-smoothing=0.13", 2.27), ("penex=0.085", 2.09)}
@@ -140,7 +140,7 @@ def test_the_figures_can_be_drawn(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "experiment"), EVERY)
-def test_a_smoke_run_is_the_same_but_small(name: str, experiment: str) -> None:
+def test_a_smoke_run_differs_in_size_only(name: str, experiment: str) -> None:
     whole = preset(name).configs()[experiment]
     small = preset(name).configs(smoke=True)[experiment]
     assert preset(name).steps(experiment, small) < 250
@@ -160,7 +160,7 @@ def test_the_number_of_training_rows_is_that_of_the_split(name: str) -> None:
         assert preset(name).training_rows(experiment) == len(rows[0])
 
 
-def test_steps_by_hand() -> None:
+def test_the_number_of_steps() -> None:
     facts = preset("bbc-news")
     config = facts.configs(tune=10)["bbc-news"]
     # 200 rows are 25 batches and 13 steps an epoch; 3 runs and 10 trials of 5 losses.
@@ -201,7 +201,9 @@ def test_an_unknown_preset() -> None:
         ({"loss": "penex=0.5"}, "no loss 'penex=0.5'"),
     ],
 )
-def test_published_numbers_are_of_what_is_run(change: dict[str, str], message: str) -> None:
+def test_published_numbers_belong_to_losses_of_the_experiment(
+    change: dict[str, str], message: str
+) -> None:
     facts = preset("cifar100").model_dump()
     facts["published"] = [{**facts["published"][0], **change}]
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Published curves stand beside ours, as far as both go."""
+"""Published curves are compared with ours, up to the last common epoch."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_few_epochs(epochs: int, tmp_path: Path) -> None:
     assert (diverged["loss"], diverged["rms"]) == ("penex=0.085", None)
 
 
-def test_the_figure_has_ours_solid_and_the_published_dotted(tmp_path: Path) -> None:
+def test_our_curves_are_solid_and_published_ones_dotted(tmp_path: Path) -> None:
     losses = ["cross-entropy", "log-penex=1"]
     for spec in losses:
         run(run_folder(tmp_path, spec, 0), np.linspace(4, 2, 60), finished=True)

@@ -1,4 +1,4 @@
-"""Every preset runs from the command to its figures, on a slice of made-up data."""
+"""Every preset runs from the command to its figures, on a small set of random data."""
 
 import functools
 import re
@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 
 from penex import cli
 from penex.compare.config import Config
-from penex.compare.output_folder import read_comparison, read_json, run_folder, trial_folder
+from penex.compare.files import read_json
+from penex.compare.output_folder import read_comparison, run_folder, trial_folder
 from penex.paper.presets import NAMES, preset
 from penex.paper.synthetic_data import sample
 
@@ -82,7 +83,7 @@ def test_smoke(name: str, smoke: Callable[[str], Smoke]) -> None:
     assert "A smoke run" in result.stdout
 
 
-def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
+def test_published_numbers_are_shown_with_ours(tmp_path: Path) -> None:
     losses = "cross-entropy,penex"
     arguments = ("cifar100", "--smoke", "--losses", losses, "--seeds", "2", "--jobs", "1")
     result = reproduce(*arguments, "--out", tmp_path / "out")
@@ -113,7 +114,7 @@ def test_tuning_is_a_variant(tmp_path: Path) -> None:
     assert trial_folder(folder, "penex=0.5", 1).is_dir()
 
 
-def test_data_at_hand_is_used(tmp_path: Path, smoke: Callable[[str], Smoke]) -> None:
+def test_given_data_is_used(tmp_path: Path, smoke: Callable[[str], Smoke]) -> None:
     """In a folder by the data set's name, or in the folder itself; and what is not is made up."""
     named = tmp_path / "all" / "pathmnist"
     sample("pathmnist", named)
@@ -137,7 +138,7 @@ def test_data_at_hand_is_used(tmp_path: Path, smoke: Callable[[str], Smoke]) -> 
     assert found[0] == found[1] != fingerprint(made_up)
 
 
-def test_the_same_command_again_trains_nothing(
+def test_repeating_the_command_trains_nothing(
     tmp_path: Path, smoke: Callable[[str], Smoke]
 ) -> None:
     shutil.copytree(smoke("two-gaussians").folder, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Made-up data is read by the readers of the real data, and suits the presets that need it."""
+"""Random data can be read by the readers of the real data and used by the presets."""
 
 from pathlib import Path
 
@@ -50,9 +50,7 @@ def test_samples_are_enough_for_a_smoke_run(config, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", SAMPLES)
-def test_a_sample_is_the_same_every_time_and_is_not_written_twice(
-    data: str, tmp_path: Path
-) -> None:
+def test_a_sample_is_reproducible_and_written_once(data: str, tmp_path: Path) -> None:
     for name in ("one", "other"):
         sample(data, tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())

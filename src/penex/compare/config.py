@@ -18,12 +18,16 @@ from pydantic import (
 )
 
 from penex.compare.errors import CompareError, did_you_mean, named
-from penex.compare.registry import DEFAULT_LOSSES, contender
+from penex.compare.files import MAX_DEPTH, read_bytes
+from penex.compare.registry import DEFAULT_LOSSES, parse_loss
 from penex.compare.user_objects import OBJECT_NAME, import_object, registered
 from penex.metrics import METRICS
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+MAX_YAML_BYTES = 2**18
+"""Of a file of settings (256 KiB)."""
 
 MAIN = ""
 """The panel of a command's help that needs no title."""
@@ -316,7 +320,7 @@ class Config(BaseModel):
     def _known_losses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("expected at least one loss")
-        losses = [contender(spec) for spec in value]
+        losses = [parse_loss(spec) for spec in value]
         if len({each.label for each in losses}) < len(losses):
             raise ValueError(f"a loss is named twice in {', '.join(value)}")
         return tuple(each.spec for each in losses)
@@ -358,8 +362,10 @@ class Config(BaseModel):
         return "test" in given or self.tune > 0 or once
 
     def settings(self) -> dict[str, Any]:
-        """As plain values, for files."""
-        return self.model_dump(mode="json")
+        """As plain values, for files, in which nothing says whose machine this is."""
+        values = self.model_dump(mode="json")
+        paths = ("data", "data_dir", "validation_file", "test_file")
+        return values | {name: values[name] and portable_path(values[name]) for name in paths}
 
     def fixed(self) -> dict[str, Any]:
         """What all runs in one folder have in common.
@@ -384,6 +390,21 @@ class Config(BaseModel):
     def lr_for(self, spec: str) -> float:
         """The learning rate of a loss, untuned."""
         return self.lr_of.get(spec, self.lr)
+
+
+def portable_path(path: str) -> str:
+    """A path for a file that may be given away; names of data sets stay as they are.
+
+    Relative to the working directory if it is below, else to the home directory (``~``); only its
+    last part if it is elsewhere.
+    """
+    whole = Path(path).expanduser()
+    if not whole.is_absolute():
+        return path
+    for base, shown in ((Path.cwd(), Path()), (Path.home(), Path("~"))):
+        if whole.is_relative_to(base):
+            return str(shown / whole.relative_to(base))
+    return whole.name
 
 
 def check_metric(name: str) -> None:
@@ -511,7 +532,19 @@ def import_user_objects(losses: Any, model: Any = None) -> None:
 
             if registered(name) is None:
                 import_object(name, "losses")
-            check(contender(str(spec)).loss)
+            check(parse_loss(str(spec)).loss)
+
+
+def _check_nesting(text: str) -> None:
+    """Refuse YAML that grows or nests without bound; before any of it is built."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if getattr(event, "anchor", None) is not None:  # of an alias too
+            raise CompareError("anchors and aliases (& and *) are not supported; write values out")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise CompareError(f"values are nested more than {MAX_DEPTH} deep")
 
 
 def _loss_name(spec: str) -> str:
@@ -520,11 +553,16 @@ def _loss_name(spec: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_bytes(path, MAX_YAML_BYTES).decode()
+        _check_nesting(text)
+        values = yaml.safe_load(text)
     except OSError as error:
         raise CompareError(f"config: cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CompareError(f"config: {path} is not valid YAML: {error}") from None
+    except CompareError as error:
+        raise CompareError(f"config: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, no such date or number
+        reason = " ".join(str(error).split())
+        raise CompareError(f"config: {path} is not valid YAML: {reason}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

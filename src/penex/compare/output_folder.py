@@ -20,21 +20,20 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Annotated, Any
 
-import numpy as np
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from penex.compare.config import Config
-from penex.compare.data.load import Dataset
+from penex.compare.data.load import Dataset, load
 from penex.compare.errors import CompareError, named
-from penex.compare.registry import contender
+from penex.compare.files import PARTIAL, read_json, reading, refuse_links, write_json
+from penex.compare.registry import parse_loss
 
 CHECKPOINT = "resume.ckpt"
 """In the folder of an unfinished run: all that it needs to go on."""
 
-_PARTIAL = ".partial-"
 _STARTED = "started.json"
 _ID = "????????"
 """Ends the name of an unfinished run's folder, as a glob pattern."""
@@ -45,10 +44,11 @@ def lock(folder: Path) -> Iterator[None]:
     """Hold `folder` (made if missing) for this process; the system lets go if the process dies.
 
     Raises:
-        CompareError: It cannot be made, or another process is working in it.
+        CompareError: It cannot be made, holds links, or another process is working in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(folder)
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
@@ -138,9 +138,9 @@ def _union(folder: Path, before: Config, now: Config) -> Config:
     ]
     finished = {spec for spec, _ in runs}
     kept = [spec for spec in before.losses if spec in finished or spec in now.losses]
-    spelled = {contender(spec).label: spec for spec in kept}
+    spelled = {parse_loss(spec).label: spec for spec in kept}
     for spec in now.losses:
-        earlier = spelled.get(contender(spec).label, spec)
+        earlier = spelled.get(parse_loss(spec).label, spec)
         if earlier != spec:
             raise CompareError(f"losses: {folder} has {spec} as {earlier}; name it so")
     losses = (*kept, *(spec for spec in now.losses if spec not in kept))
@@ -168,8 +168,8 @@ def _data(data: dict[str, Any]) -> str:
 
 def clear_partial(folder: Path) -> None:
     """Remove what was being written when a process stopped, except runs that can go on."""
-    for partial in list(folder.rglob(f"{_PARTIAL}*")):
-        if partial.parent.name.startswith(_PARTIAL):
+    for partial in list(folder.rglob(f"{PARTIAL}*")):
+        if partial.parent.name.startswith(PARTIAL):
             continue  # a part of a run, which is judged as a whole
         if partial.suffix == ".lock":
             with _locked(partial.with_suffix("")):
@@ -177,28 +177,69 @@ def clear_partial(folder: Path) -> None:
         elif partial.is_file():
             partial.unlink(missing_ok=True)
         else:
-            run = partial.name.removeprefix(_PARTIAL)[: -len(_ID) - 1]
+            run = partial.name.removeprefix(PARTIAL)[: -len(_ID) - 1]
             with _locked(partial) as ours:
                 finished = partial.with_name(run).exists()
                 if ours and (finished or not (partial / CHECKPOINT).exists()):
                     shutil.rmtree(partial, ignore_errors=True)
 
 
+class _Data(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str
+    fingerprint: str
+    rows: Annotated[int, Field(ge=1)]
+    classes: Annotated[list[str], Field(min_length=2)]
+    parts: list[str]
+
+
 def read_comparison(folder: Path) -> tuple[Config, dict[str, Any]]:
-    """The configuration and the description of the data that `folder` belongs to."""
+    """The configuration and the description of the data that `folder` belongs to.
+
+    Raises:
+        CompareError: `folder` holds none, a damaged one, or links.
+    """
     path = comparison_file(folder)
     described = read_json(path)
     try:
         for spec in described["config"]["losses"]:
-            contender(spec)
-    except CompareError:
+            parse_loss(str(spec))
+        config, data = Config(**described["config"]), described["data"]
+        _Data.model_validate(data)
+    except CompareError:  # of a loss, which says what to do
         raise
-    except (KeyError, TypeError):
-        pass  # as below
-    try:
-        return Config(**described["config"]), described["data"]
     except (KeyError, TypeError, ValueError) as error:
         raise CompareError(f"{path} was not written by this version of penex: {error}") from None
+    return config, data
+
+
+def load_data(folder: Path, data: str | None = None) -> tuple[Config, Dataset]:
+    """The configuration of a comparison, and its data once more.
+
+    Args:
+        folder: The output folder.
+        data: Where the data are; None: where `folder` says, from the working directory.
+
+    Raises:
+        CompareError: They cannot be read, or are others.
+    """
+    config, described = read_comparison(folder)
+    if data is not None:
+        config = config.model_copy(update={"data": data})
+    try:
+        dataset = load(config)
+    except CompareError as error:
+        raise CompareError(
+            f"cannot read the data of {folder}: {error} If they are elsewhere, name the place with "
+            "--data, or start the command in the folder where they are."
+        ) from None
+    if dataset.fingerprint != described["fingerprint"]:
+        raise CompareError(
+            f"{config.data} has changed since {folder} was made: the content is "
+            f"{dataset.fingerprint[:8]}, was {described['fingerprint'][:8]}"
+        )
+    return config, dataset
 
 
 def comparison_file(folder: Path) -> Path:
@@ -210,7 +251,23 @@ def comparison_file(folder: Path) -> Path:
     path = folder / "comparison.json"
     if not path.is_file():
         raise CompareError(f"{folder} holds no comparison: expected {path} in it")
+    refuse_links(folder)
     return path
+
+
+_TIMING = TypeAdapter(dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]])
+
+
+def read_timing(folder: Path) -> dict[str, float]:
+    """Seconds of a training epoch of each loss; none where they were not measured, or are lost."""
+    path = folder / "timing.json"
+    if not path.exists():
+        return {}
+    try:
+        with reading(path):
+            return _TIMING.validate_python(read_json(path))
+    except CompareError:
+        return {}
 
 
 def run_folder(folder: Path, spec: str, seed: int) -> Path:
@@ -268,14 +325,14 @@ def new_run(folder: Path, started: object = None) -> Iterator[Path]:
 
 def _resumable(folder: Path, started: object, stack: contextlib.ExitStack) -> Path | None:
     """The folder of an unfinished run that can go on, held by `stack`; others are removed."""
-    for partial in folder.parent.glob(f"{_PARTIAL}{glob.escape(folder.name)}-{_ID}"):
+    for partial in folder.parent.glob(f"{PARTIAL}{glob.escape(folder.name)}-{_ID}"):
         with contextlib.ExitStack() as held:
             if not held.enter_context(_locked(partial)):
                 continue  # somebody is at work in it
             with contextlib.suppress(OSError, ValueError):
                 same = json.loads((partial / _STARTED).read_text(encoding="utf-8")) == started
                 if same and (partial / CHECKPOINT).exists():
-                    for unfinished in partial.glob(f"{_PARTIAL}*"):  # killed while it was written
+                    for unfinished in partial.glob(f"{PARTIAL}*"):  # killed while it was written
                         unfinished.unlink()
                     stack.push(held.pop_all())
                     return partial
@@ -284,7 +341,7 @@ def _resumable(folder: Path, started: object, stack: contextlib.ExitStack) -> Pa
 
 
 def _new_partial(folder: Path, started: object, stack: contextlib.ExitStack) -> Path:
-    partial = folder.with_name(f"{_PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}")
+    partial = folder.with_name(f"{PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}")
     stack.enter_context(_locked(partial))
     partial.mkdir()
     write_json(partial / _STARTED, started)
@@ -314,7 +371,7 @@ def _locked(partial: Path) -> Iterator[bool]:
 
 def unfinished_curves(folder: Path) -> list[Path]:
     """The curve.csv of a run that is to become `folder`; several if it was begun several times."""
-    return list(folder.parent.glob(f"{_PARTIAL}{glob.escape(folder.name)}-{_ID}/curve.csv"))
+    return list(folder.parent.glob(f"{PARTIAL}{glob.escape(folder.name)}-{_ID}/curve.csv"))
 
 
 def epochs_done(folders: Iterable[Path], epochs_per_run: int) -> int:
@@ -328,50 +385,3 @@ def epochs_done(folders: Iterable[Path], epochs_per_run: int) -> int:
             with contextlib.suppress(FileNotFoundError):  # finished between look and reading
                 epochs += max(curve.read_bytes().count(b"\n") - 1, 0)
     return epochs
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `path` so that it holds either its old content or all of the new one."""
-    with replacing(path) as stream:
-        stream.write(text.encode())
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream whose content becomes that of `path` at the end, unless something raises."""
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
-    try:
-        with partial.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value`; NaN and infinity are refused, as JSON has none."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """What :func:`write_json` wrote."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CompareError(
-            f"{path} is damaged ({error}); remove {path.parent} and run the comparison again"
-        ) from None
-
-
-def read_logits(folder: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a run's logits.npz."""
-    path = folder / "logits.npz"
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except Exception as error:  # a damaged archive raises anything from zipfile, zlib and numpy
-        raise CompareError(
-            f"{path} is damaged ({error}); remove {folder} and run the comparison again"
-        ) from None

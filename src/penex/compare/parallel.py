@@ -1,4 +1,4 @@
-"""Independent pieces of work side by side, on processes of this machine or on a Ray cluster."""
+"""Parallel execution of independent tasks, by processes of this machine or on a Ray cluster."""
 
 import contextlib
 import functools
@@ -23,28 +23,28 @@ Each = Callable[[Callable[..., Any], Sequence[Any]], Iterator[Any]]
 
 @dataclass(frozen=True)
 class Workers:
-    """Processes that work for us."""
+    """A pool of worker processes."""
 
     jobs: int
-    """How many pieces at a time."""
+    """How many items are processed at a time."""
     each: Each
-    """``each(work, items)``: what ``work(item, *shared)`` returns for the items, as they finish."""
+    """``each(work, items)`` yields the results of ``work(item, *shared)`` as they finish."""
 
 
 @contextlib.contextmanager
 def workers(
     execution: Execution, folder: Path, *shared: Any, user_objects: Iterable[str] = ()
 ) -> Iterator[Workers]:
-    """Processes that work for as long as the context is open.
+    """Start worker processes for as long as the context is open.
 
     Args:
-        execution: How many, and where.
-        folder: The output folder, which must be the same one for all of them.
-        shared: What every piece of work needs, sent once to each host.
-        user_objects: Names of the losses and networks, defined by the user, that it needs.
+        execution: How many workers to start, and where.
+        folder: The output folder, which must be the same one for all workers.
+        shared: Arguments that every call of ``work`` gets, sent once to each host.
+        user_objects: Names of the user-defined losses and networks that the work needs.
 
     Raises:
-        CompareError: They cannot be had, or do not see `folder`.
+        CompareError: Workers cannot be started, or do not see `folder`.
     """
     if world_size() != execution.devices * execution.nodes:
         raise CompareError(
@@ -53,7 +53,7 @@ def workers(
         )
     if execution.backend == "ray":
         if world_size() > 1:
-            raise CompareError("backend: a run over several devices has them all; leave out ray")
+            raise CompareError("backend: runs on several devices cannot use ray; leave it out")
         from penex.compare.training.ray_cluster import cluster
 
         with cluster(execution, folder, shared) as (jobs, each):
@@ -68,8 +68,8 @@ def _with_objects(each: Each, names: Iterable[str]) -> Each:
 
 
 def _default_jobs() -> int:
-    """One for each core; where there is a GPU, all runs would be on that one, so one."""
-    if shutil.which("nvidia-smi") is not None:  # else torch, seconds to import, is not asked
+    """One job per core; with a GPU, which all runs would share, only one."""
+    if shutil.which("nvidia-smi") is not None:  # avoids importing torch, which takes seconds
         import torch
 
         if torch.cuda.is_available():
@@ -80,7 +80,7 @@ def _default_jobs() -> int:
 def _each(
     jobs: int, shared: tuple[Any, ...], work: Callable[..., Any], items: Sequence[Any]
 ) -> Iterator[Any]:
-    """On local processes; on any exception they are stopped first."""
+    """Process the items on local processes, which are stopped before any exception propagates."""
     if not items:
         return
     parallel = joblib.Parallel(min(jobs, len(items)), return_as="generator_unordered", batch_size=1)
@@ -90,7 +90,7 @@ def _each(
             yield from results
         except TerminatedWorkerError:
             raise CompareError(
-                "jobs: the system ended a worker process, as a rule because memory ran out. "
+                "jobs: the system ended a worker process, usually because memory ran out. "
                 "Finished runs are kept; the same command with fewer --jobs continues."
             ) from None
 
@@ -102,7 +102,7 @@ def _run_in_worker(work: Callable[..., Any], *arguments: Any) -> Any:
 
 @functools.cache  # once per process
 def _tie_to_parent() -> None:
-    """In a worker: leave Ctrl-C, which reaches all processes, to the parent; end when it ends."""
+    """In a worker: leave Ctrl-C, which reaches all processes, to the parent, and end with it."""
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

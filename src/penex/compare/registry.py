@@ -1,10 +1,10 @@
-"""The losses that can be compared. Adding a loss is adding an entry to :data:`LOSSES`.
+"""The losses that can be compared. To add a loss, add an entry to :data:`LOSSES`.
 
-Nothing else in the comparison knows one loss from another. An entry gives the criterion, the range
-in which to tune its one hyperparameter, the scale of its gradient, and, through the criterion, the
-link from logits to class probabilities. A criterion may have two methods, for state that follows
-the training: ``after_step()``, called after every optimiser step, and ``after_epoch()``, called
-after the last batch of every epoch.
+Nothing else in the comparison depends on the loss. An entry gives the criterion, the range in which
+to tune its one hyperparameter, the scale of its gradient, and, through the criterion, the link from
+logits to class probabilities. A criterion may have two methods for state that changes during
+training: ``after_step()``, called after every optimiser step, and ``after_epoch()``, called after
+the last batch of every epoch.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Knob:
-    """The hyperparameter of a loss: its name, its default, and where to look for better."""
+    """The hyperparameter of a loss: its name, its default and the range in which to tune it."""
 
     name: str
     symbol: str
@@ -39,11 +39,11 @@ class Knob:
 
 @dataclass(frozen=True)
 class Context:
-    """What a loss may need to know of the run it is built for."""
+    """What a loss may need to know about the run it is built for."""
 
     num_classes: int
     steps_total: int
-    """Optimiser steps of the whole run."""
+    """Number of optimiser steps of the whole run."""
     steps_per_epoch: int
 
 
@@ -52,17 +52,17 @@ class Loss:
     """An entry of the registry, or a loss of your own.
 
     Attributes:
-        name: As in the configuration.
-        label: In tables and pictures.
-        build: The criterion for a value of the knob.
-        knob: Its hyperparameter to tune, if any.
-        gradient_scale: From the criterion and the number of classes K: its gradient at f = 0 as a
-            multiple of cross-entropy's, which is 1/K − 1[j = y] there. The mean over classes is
-            subtracted first, as it changes no probability. Dividing the loss by it makes one
-            learning rate, weight decay and clipping threshold mean the same for every loss. None:
-            measured.
-        constrain: What the network's logits, classes last, go through before anything reads them:
-            the criterion, the metrics, an attack. None: nothing.
+        name: The name in configurations.
+        label: The name in tables and figures.
+        build: Builds the criterion for a value of the knob.
+        knob: The hyperparameter to tune, if any.
+        gradient_scale: A function of the criterion and the number of classes K that returns the
+            gradient at f = 0 as a multiple of that of cross-entropy, which is 1/K − 1[j = y] there.
+            The mean over classes is subtracted first, as it changes no probability. The loss is
+            divided by this scale, so that learning rate, weight decay and clipping threshold mean
+            the same for every loss. None: the scale is measured.
+        constrain: A function applied to the network's logits, classes last, before anything uses
+            them: the criterion, the metrics, an attack. None: no function.
         log_proba: The link, from logits (N, K) to log-probabilities. None: that of the criterion,
             see :func:`penex.inference.link`.
     """
@@ -76,7 +76,7 @@ class Loss:
     log_proba: Callable[["Tensor"], "Tensor"] | None = None
 
     def link(self, knob: float, num_classes: int) -> Callable[["Tensor"], "Tensor"]:
-        """The function from logits (N, K) to the log-probabilities that this loss stands for."""
+        """The function from logits (N, K) trained with this loss to log-probabilities."""
         if self.log_proba is not None:
             return self.log_proba
         from penex.inference import link
@@ -84,7 +84,7 @@ class Loss:
         return link(self.build(knob, Context(num_classes, steps_total=1, steps_per_epoch=1)))
 
     def scale(self, criterion: "nn.Module", num_classes: int) -> float:
-        """The scale of the gradient of a criterion; see :attr:`gradient_scale`."""
+        """The gradient scale of a criterion; see :attr:`gradient_scale`."""
         if self.gradient_scale is not None:
             return self.gradient_scale(criterion, num_classes)
         from penex.compare.user_losses import measured_scale
@@ -94,12 +94,12 @@ class Loss:
 
 @dataclass(frozen=True)
 class Make:
-    """Builds a criterion from its class, which is imported when the first is built.
+    """Builds a criterion from its class, which is imported on first use.
 
     Attributes:
-        path: MODULE:CLASS.
-        keyword: That of the knob.
-        fixed: Other keywords.
+        path: The class, as MODULE:CLASS.
+        keyword: The keyword argument for the knob.
+        fixed: Other keyword arguments.
     """
 
     path: str
@@ -107,7 +107,7 @@ class Make:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, knob: float, context: Context, **options: Any) -> "nn.Module":
-        """The criterion; `options` override everything else."""
+        """Build the criterion; `options` override all other arguments."""
         module, _, name = self.path.partition(":")
         values = dict(self.fixed)
         if self.keyword is not None:
@@ -196,10 +196,10 @@ def _cosine_schedule(knob: float, context: Context) -> "nn.Module":
 
 
 REFERENCE = "cross-entropy"
-"""What every other loss is compared with, pair by pair."""
+"""The loss with which every other loss is compared."""
 _SENSITIVITY = Knob("sensitivity", "α", default=0.1, low=0.003, high=1.0, log=True)
-# The range is that of the paper's study. Its optima, above 700, are those of quartic penalties; a
-# quadratic one of that strength leaves little room to learn.
+# The range of the paper's study. Its optima, above 700, are for quartic penalties; a quadratic
+# penalty of that strength leaves little room to learn.
 _CONSTRAINT = Knob("strength", "ρ", default=1.0, low=0.0, high=1000.0)
 
 LOSSES = {
@@ -337,19 +337,19 @@ LOSSES = {
 }
 
 DEFAULT_LOSSES = (REFERENCE, "label-smoothing", "confidence-penalty", "focal", "penex")
-"""What is compared unless other losses are named; the rest of the registry is for ablations."""
+"""The losses that are compared by default; the rest of the registry is for ablations."""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A loss as the user named it, with what it holds fixed.
+class Candidate:
+    """A loss as specified by the user, with the values that are held fixed.
 
     Attributes:
-        spec: ``penex``; ``penex=0.3``, with the knob held at 0.3; or with options of the criterion,
-            ``penex(sensitivity=0.3,penalty_mode=auto)``.
-        loss: With these options built in.
-        value: At which the knob is held; None: it is tuned, or has its default.
-        options: Those besides the knob, as in `spec`.
+        spec: ``penex``; ``penex=0.3``, with the knob fixed at 0.3; or with options of the
+            criterion, ``penex(sensitivity=0.3,penalty_mode=auto)``.
+        loss: The entry of the registry, with these options applied.
+        value: The value at which the knob is fixed; None: it is tuned, or has its default.
+        options: The options other than the knob, as written in `spec`.
     """
 
     spec: str
@@ -359,7 +359,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """The name in tables and pictures."""
+        """The name in tables and figures."""
         label = f"{self.loss.label} ({self.options})" if self.options else self.loss.label
         if self.value is None or self.loss.knob is None:
             return label
@@ -367,29 +367,30 @@ class Contender:
 
     @property
     def untuned(self) -> float:
-        """The value the user fixed, else the loss's default; NaN if it has no knob."""
+        """The knob's value if the user has fixed it, else its default; NaN without a knob."""
         if self.loss.knob is None:
             return math.nan
         return self.loss.knob.default if self.value is None else self.value
 
 
 def exact(value: float) -> str:
-    """A number with six digits, or with as many as tell it from every other."""
+    """Format a number with six digits if they are exact, else with as many as it needs."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
 
-_SPEC = re.compile(r"\s*([\w.:-]+)\s*(?:=\s*([^()\s]*)|\(([^()/]*)\))?\s*")
+_SPEC = re.compile(r"\s*([\w.:-]+)\s*(?:=\s*([^()\s]*)|\(([^()/\\\x00-\x1f]*)\))?\s*")
 
 
-def contender(spec: str) -> Contender:
+def parse_loss(spec: str) -> Candidate:
     """Parse ``name``, ``name=value``, or ``name(option=value, ...)``.
 
-    An option is a keyword of the criterion, its value a number, true, false, none or a word. One of
-    them may be a range to tune it in, ``penex(ema=0.01..0.5)``, in place of the knob.
+    An option is a keyword argument of the criterion; its value is a number, true, false, none or a
+    word. One value may be a range, as in ``penex(ema=0.01..0.5)``; that option is then tuned in
+    place of the knob.
 
     Raises:
-        CompareError: No such loss, no such option, or a value that the loss refuses.
+        CompareError: There is no such loss or option, or the loss refuses a value.
     """
     found = _SPEC.fullmatch(spec)
     if found is None:
@@ -401,10 +402,10 @@ def contender(spec: str) -> Contender:
     if options is not None:
         return _with_options(loss, options)
     if value is None:
-        return Contender(name, loss, None)
+        return Candidate(name, loss, None)
     if loss.knob is None:
         raise CompareError(f"losses: {name} has no hyperparameter to set, got {spec!r}")
-    return Contender(spec.strip(), loss, _locked(loss, value, spec))
+    return Candidate(spec.strip(), loss, _locked(loss, value, spec))
 
 
 def _entry(name: str) -> Loss:
@@ -416,16 +417,16 @@ def _entry(name: str) -> Loss:
 
         return user_loss(name, own)
     if OBJECT_NAME.fullmatch(name):
-        known(name, "losses")  # refuses it
+        known(name, "losses")  # raises
     close = difflib.get_close_matches(name, LOSSES, n=1)
     hint = f"; did you mean {close[0]}?" if close else "."
     raise CompareError(f"losses: no loss is called {name!r}{hint} Known: {', '.join(LOSSES)}.")
 
 
 def _locked(loss: Loss, text: str, spec: str) -> float:
-    """The value of the knob that a text stands for."""
+    """Parse the value of the knob."""
     knob = loss.knob
-    assert knob is not None  # noqa: S101  # the caller has looked
+    assert knob is not None  # noqa: S101  # checked by the caller
     try:
         value = float(text)
     except ValueError:
@@ -433,14 +434,14 @@ def _locked(loss: Loss, text: str, spec: str) -> float:
     possible = math.isfinite(value) and 0 <= value <= knob.most
     if not possible or (knob.log and value == 0):
         raise CompareError(
-            f"losses: expected {loss.name}=NUMBER ({knob.name}, between {knob.low:g} and "
-            f"{knob.high:g} as a rule), got {spec!r}"
+            f"losses: expected {loss.name}=NUMBER ({knob.name}, usually between {knob.low:g} and "
+            f"{knob.high:g}), got {spec!r}"
         )
     return value
 
 
-def _with_options(loss: Loss, text: str) -> Contender:
-    """The loss with options of its criterion."""
+def _with_options(loss: Loss, text: str) -> Candidate:
+    """Parse the options of a loss's criterion."""
     if not isinstance(loss.build, Make):
         raise CompareError(f"losses: {loss.name} has no options, got {text!r}")
     pairs = [[part.strip() for part in each.split("=")] for each in text.split(",") if each.strip()]
@@ -448,7 +449,7 @@ def _with_options(loss: Loss, text: str) -> Contender:
         raise CompareError(f"losses: expected {loss.name}(OPTION=VALUE, ...), got {text!r}")
     spec = f"{loss.name}({','.join('='.join(pair) for pair in pairs)})"
     if len({option for option, _ in pairs}) < len(pairs):
-        raise CompareError(f"losses: an option comes twice in {spec}")
+        raise CompareError(f"losses: an option is repeated in {spec}")
     ranges = [pair for pair in pairs if ".." in pair[1]]
     if len(ranges) > 1:
         raise CompareError(f"losses: {spec}: one option can be tuned, not {len(ranges)}")
@@ -466,7 +467,7 @@ def _with_options(loss: Loss, text: str) -> Contender:
         if option in own:
             knob = _range(option, written, spec, knob)
         else:
-            if knob is not None and keyword is not None:  # two cannot be tuned
+            if knob is not None and keyword is not None:  # only one can be tuned
                 held[keyword] = knob.default if value is None else value
             knob, keyword, value = _range(option, written, spec, None), option, None
     shown = [f"{o}={w}" for o, w in pairs if o not in own or o in held or keyword not in own]
@@ -476,7 +477,7 @@ def _with_options(loss: Loss, text: str) -> Contender:
         knob=knob,
         build=replace(loss.build, keyword=keyword, fixed={**loss.build.fixed, **held}),
     )
-    chosen = Contender(spec, made, value, ", ".join(shown))
+    chosen = Candidate(spec, made, value, ", ".join(shown))
     try:
         made.build(chosen.untuned, Context(num_classes=3, steps_total=1, steps_per_epoch=1))
     except (TypeError, ValueError) as error:
@@ -496,7 +497,7 @@ def _value(text: str) -> float | int | bool | str | None:
 
 
 def _range(option: str, text: str, spec: str, knob: Knob | None) -> Knob:
-    """The option as something to tune, LOW..HIGH."""
+    """The knob for an option that is tuned in a range, LOW..HIGH."""
     try:
         low, high = map(float, text.split(".."))
     except ValueError:

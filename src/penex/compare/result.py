@@ -15,26 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 
+from penex._terminal import Terminal
 from penex.compare.analysis import plots, report, tables, verdict
 from penex.compare.config import Config, Execution, Task, configure, import_user_objects
 from penex.compare.data.dataset import ClassType, Content, Dataset, encode_labels
 from penex.compare.data.images import Images
-from penex.compare.data.load import load as read
 from penex.compare.data.load import to_dataset
 from penex.compare.data.new_rows import channels_first
 from penex.compare.data.tables import content_of, texts
 from penex.compare.display import Display
 from penex.compare.errors import CompareError
+from penex.compare.files import read_json, reading, write_text
 from penex.compare.models.files import DESCRIPTION, read_model
 from penex.compare.output_folder import (
     checkpoint_file,
     comparison_file,
+    load_data,
     read_comparison,
-    read_json,
     run_folder,
-    write_text,
 )
 from penex.compare.registry import LOSSES, Loss
 from penex.compare.runner import compare
@@ -122,7 +121,7 @@ def compare_losses(
         y = config.target if y is None else y
         dataset = in_memory(X, y, config)
     folder = Path(tempfile.mkdtemp(prefix="penex-") if out is None else out)
-    console = Console(quiet=quiet, markup=False, highlight=False)
+    console = Terminal(quiet=quiet)
     execution = Execution(jobs=jobs)
     compare(config, folder, execution=execution, display=Display(console), dataset=dataset)
     return Result(folder, dataset, temporary=out is None)
@@ -144,16 +143,30 @@ def load(folder: str | Path, *, objects: Iterable[Any] = (), trust: bool = False
     for each in objects:
         _spec(each)
     folder = Path(folder)
+    if trust:
+        import_named(folder)
     if (folder / DESCRIPTION).is_file():
-        model = read_model(folder)
-        if trust:
-            _trust([model.loss], model.network)
+        read_model(folder)
     else:
-        if trust:
-            config = read_json(comparison_file(folder)).get("config", {})
-            _trust(config.get("losses", ()), config.get("model"))
         read_comparison(folder)
     return Result(folder)
+
+
+def import_named(folder: Path) -> None:
+    """Import the losses and the network that a comparison or a saved classifier names.
+
+    Raises:
+        CompareError: The folder holds neither, or one cannot be imported.
+    """
+    if (folder / DESCRIPTION).is_file():
+        model = read_model(folder)
+        import_user_objects([model.loss], model.network)
+        return
+    path = comparison_file(folder)
+    described = read_json(path)
+    with reading(path):
+        named = described["config"]
+        import_user_objects(named["losses"], named.get("model"))
 
 
 class Result:
@@ -265,7 +278,7 @@ class Result:
 
         Args:
             X: The data again, as :func:`compare_losses` had it, where it came from memory and this
-                result was loaded.
+                result was loaded; or the path of files, if they are not where the folder says.
             y: Its classes.
             loss: Which; None: the recommended one.
 
@@ -281,10 +294,14 @@ class Result:
 
             config, described = read_comparison(self.folder)
             run = self._run(loss, None)
-            dataset = self._dataset if X is None else in_memory(X, y, config)
-            dataset = read(config) if dataset is None else dataset
+            if X is None and self._dataset is not None:
+                dataset = self._dataset
+            elif X is None or isinstance(X, str | Path):
+                _, dataset = load_data(self.folder, None if X is None else str(X))
+            else:
+                dataset = in_memory(X, y, config)
             if dataset.fingerprint != described["fingerprint"]:
-                raise CompareError(f"{config.data} has changed since {self.folder} was made")
+                raise CompareError(f"X has changed since {self.folder} was made")
             knob = math.nan if run["knob"] is None else run["knob"]
             task = Task(folder, loss, run["seed"], run["lr"], knob)
             own = self._finite_runs(loss)
@@ -342,7 +359,7 @@ class Result:
             return repr(self.best)
         results = self.comparison.results
         stream = io.StringIO()
-        console = Console(file=stream, width=WIDTH, markup=False, highlight=False)
+        console = Terminal(file=stream, width=WIDTH)
         console.print(self.recommendation)
         for warning in self.warnings:
             console.print(f"Warning: {warning}")
@@ -380,11 +397,6 @@ def _spec(loss: Any) -> str:
             )
         return register(loss, loss.name)
     return register(loss)
-
-
-def _trust(names: Iterable[str], network: str | None) -> None:
-    """Import what a folder names."""
-    import_user_objects(list(names), network)
 
 
 def in_memory(X: Any, y: Any, config: Config) -> Dataset:  # noqa: N803

@@ -1,4 +1,4 @@
-"""The comparison as a whole: claims a folder, runs what is missing in it, reports what is there."""
+"""The comparison as a whole: locks the output folder and executes the runs missing from it."""
 
 import contextlib
 import functools
@@ -16,27 +16,28 @@ from penex.compare.data.images import Images
 from penex.compare.data.load import load
 from penex.compare.data.split import draw_rows
 from penex.compare.display import Display
+from penex.compare.files import write_json
+from penex.compare.finished_runs import discard_damaged, read_record
 from penex.compare.output_folder import (
     clear_partial,
     epochs_done,
     lock,
-    read_json,
+    read_timing,
     report_full_disk,
     run_folder,
     start_or_resume,
     trial_folder,
-    write_json,
 )
 from penex.compare.parallel import Workers, workers
-from penex.compare.registry import contender
+from penex.compare.registry import parse_loss
 from penex.compare.training.distributed import default_process_group, is_rank_zero, on_rank_zero
-from penex.compare.training.duration import SURELY_SHORT, forecast, recorded, seconds_per_epoch
+from penex.compare.training.duration import STEP_SECONDS, forecast, recorded, seconds_per_epoch
 
 if TYPE_CHECKING:
     from penex.compare.training.tune import Study
 
 MEASURED = 16
-"""On how many processes a few steps are measured at most."""
+"""The most processes on which a few steps are timed for the forecast."""
 
 
 def compare(
@@ -47,23 +48,23 @@ def compare(
     display: Display,
     dataset: Dataset | None = None,
 ) -> None:
-    """Train every loss at every seed, except what `folder` has already.
+    """Train every loss at every seed, except for runs that `folder` already contains.
 
     Args:
         config: What to compare.
-        folder: The output folder, new or of the same configuration. Finished runs of other losses
-            or more seeds that it holds stay part of the comparison.
-        execution: Where, and how many runs at a time.
+        folder: The output folder, new or of the same configuration. Its finished runs of other
+            losses or further seeds stay part of the comparison.
+        execution: Where to run, and how many runs at a time.
         display: Where progress is shown.
-        dataset: The data; None: read from where `config.data` says.
+        dataset: The data; None: read from `config.data`.
 
     Raises:
-        CompareError: The data, the folder or the workers are refused, or the disk is full. What
-            was finished stays, and the same call continues.
+        CompareError: The data, the folder or the workers cannot be used, or the disk is full.
+            Finished runs are kept, and the same call continues.
     """
     folder = folder.absolute()  # workers may have another working directory
     dataset = load(config) if dataset is None else dataset
-    for seed in range(config.seeds):  # refuse now what would be refused after hours
+    for seed in range(config.seeds):  # fail now rather than after hours
         draw_rows(dataset, seed, config)
     for line in (*dataset.notes, *describe_columns(dataset)):
         display.note(line)
@@ -71,7 +72,8 @@ def compare(
         display.warn(line)
     with contextlib.ExitStack() as stack:
         stack.enter_context(default_process_group())
-        on_rank_zero(lambda: _acquire(stack, config, folder, dataset))
+        for reason in on_rank_zero(lambda: _acquire(stack, config, folder, dataset)):
+            display.warn(f"{reason}; that run is done again")
         pool = stack.enter_context(
             workers(
                 execution,
@@ -82,7 +84,7 @@ def compare(
         )
         studies: Mapping[str, Study] = {}
         if config.tune:
-            from penex.compare.training.tune import open_studies  # Optuna: only where it is used
+            from penex.compare.training.tune import open_studies  # imports Optuna
 
             studies = open_studies(folder, config, dataset, execution)
         _print_forecast(config, folder, dataset, execution, studies, pool, display)
@@ -105,30 +107,35 @@ def _measure_times(
     config: Config, folder: Path, values: Mapping[str, Mapping[str, float]], pool: Workers
 ) -> None:
     """Record the time of a training epoch of each loss, measured one at a time."""
-    path = folder / "timing.json"
-    known: dict[str, float] = on_rank_zero(lambda: read_json(path) if path.exists() else {})
+    known = on_rank_zero(lambda: read_timing(folder))
     missing = [spec for spec in config.losses if spec not in known]
     for spec in missing:
         (known[spec],) = pool.each(_measure, [(spec, values[spec]["knob"])])
     if missing and is_rank_zero():
-        write_json(path, known)
+        write_json(folder / "timing.json", known)
 
 
 def _pairs(config: Config) -> list[tuple[int, str]]:
-    """All runs, seed by seed, so that an unfinished comparison is still a paired one."""
+    """All runs, seed by seed, so that an unfinished comparison is still paired."""
     return [(seed, spec) for seed in range(config.seeds) for spec in config.losses]
 
 
 def _untuned(config: Config, spec: str) -> dict[str, float]:
-    return {"lr": config.lr_for(spec), "knob": contender(spec).untuned}
+    return {"lr": config.lr_for(spec), "knob": parse_loss(spec).untuned}
 
 
-def _acquire(stack: contextlib.ExitStack, config: Config, folder: Path, dataset: Dataset) -> None:
-    """Make `folder` this comparison's until `stack` is closed."""
+def _acquire(
+    stack: contextlib.ExitStack, config: Config, folder: Path, dataset: Dataset
+) -> list[str]:
+    """Make `folder` this comparison's until `stack` is closed; says which runs were damaged."""
     stack.enter_context(lock(folder))
     stack.enter_context(report_full_disk(folder))
     stack.enter_context(_clearing_partial(folder))
     start_or_resume(folder, config, dataset)
+    trials = folder.glob("tuning/*/trial-*")
+    return discard_damaged(
+        [*(run_folder(folder, spec, seed) for seed, spec in _pairs(config)), *trials]
+    )
 
 
 def _print_forecast(
@@ -140,7 +147,7 @@ def _print_forecast(
     pool: Workers,
     display: Display,
 ) -> None:
-    """Say what the comparison will take, if that is long, from a few steps of the real training."""
+    """Print how long the comparison will take, estimated from a few training steps, if long."""
     trials = [
         trial_folder(folder, spec, number)
         for spec, study in studies.items()
@@ -157,11 +164,11 @@ def _print_forecast(
     if seconds is None:
         steps = math.ceil(rows[0] / config.batch_size)
         small = config.model in (None, "mlp") and not isinstance(dataset.features, Images | Texts)
-        if small and forecast(stages, config.epochs, steps * SURELY_SHORT) is None:
+        if small and forecast(stages, config.epochs, steps * STEP_SECONDS) is None:
             return
         side = max(side for _, side in stages)
         first = config.losses[0]
-        sample = [(first, contender(first).untuned)] * min(side, MEASURED)
+        sample = [(first, parse_loss(first).untuned)] * min(side, MEASURED)
         seconds = mean(pool.each(_measure, sample))
     line = forecast(stages, config.epochs, seconds_per_epoch(seconds, rows))
     if line is not None:
@@ -184,7 +191,7 @@ def _tuned(
     pool: Workers,
     display: Display,
 ) -> dict[str, dict[str, float]]:
-    """Tune what is not tuned yet; the values found for every loss."""
+    """Tune the losses that are not tuned yet, and return the values found for every loss."""
     from penex.compare.training.tune import HEARTBEAT_SECONDS
 
     trials = [
@@ -202,15 +209,16 @@ def _tuned(
                     found.add(spec)
                     display.finished(_tuned_line(spec, studies[spec].best()))
             if len(found) < len(missing):
-                # Another command has the last trials: wait for them, or for signs of its death.
+                # Another command runs the last trials: wait until they finish or it is dead.
                 time.sleep(HEARTBEAT_SECONDS)
     return on_rank_zero(lambda: {spec: study.best() for spec, study in studies.items()})
 
 
 def _tuned_line(spec: str, best: dict[str, float]) -> str:
-    who = contender(spec)
-    knob = f", {who.loss.knob.name} {best['knob']:.3g}" if who.loss.knob else ""
-    return f"{who.label}: tuned to learning rate {best['lr']:.3g}{knob}"
+    candidate = parse_loss(spec)
+    knob = candidate.loss.knob
+    tuned_knob = f", {knob.name} {best['knob']:.3g}" if knob else ""
+    return f"{candidate.label}: tuned to learning rate {best['lr']:.3g}{tuned_knob}"
 
 
 def _tune(
@@ -224,10 +232,10 @@ def _tune(
 
 
 def _train(task: Task, folder: Path, config: Config, dataset: Dataset, execution: Execution) -> str:
-    from penex.compare.training.run import run  # torch and Lightning: only the process that trains
+    from penex.compare.training.run import run  # imports torch and Lightning: only when training
 
     run(task, config, dataset, execution)
-    record = on_rank_zero(lambda: read_json(task.folder / "run.json"))
+    record = on_rank_zero(lambda: read_record(task.folder))
     scores, epoch = record["validation"].get(config.select), record["epochs"].get(config.select)
     if scores is None:
         result = "diverged"
@@ -238,12 +246,12 @@ def _train(task: Task, folder: Path, config: Config, dataset: Dataset, execution
         nll = scores["refined_nll" if scaled else "nll"]
         how = " after temperature scaling" if scaled else ""
         result = f"validation NLL {nll:.4f}{how} at epoch {epoch}"
-    return f"{contender(task.spec).label}, seed {task.seed}: {result}"
+    return f"{parse_loss(task.spec).label}, seed {task.seed}: {result}"
 
 
 @contextlib.contextmanager
 def _clearing_partial(folder: Path) -> Iterator[None]:
-    """Leave nothing half-written behind."""
+    """Remove partially written folders on exit."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Losses of the user's own: made entries like those of the registry, and checked."""
+"""User-defined losses: their conversion to entries like those of the registry, and checks."""
 
 import copy
 import inspect
@@ -15,24 +15,24 @@ from penex.compare.registry import Context, Loss, Make
 from penex.inference import link
 
 CLASSES = 3
-"""Of the batch that a loss is checked on."""
+"""Number of classes of the batch on which a loss is checked."""
 SHARES = (0.5, 0.3, 0.15, 0.05)
-"""The class probabilities of :func:`fisher_error`."""
+"""The class probabilities that :func:`fisher_error` uses."""
 STEPS = 200
 _scales: "WeakKeyDictionary[nn.Module, float]" = WeakKeyDictionary()
 
 
 def user_loss(name: str, thing: Any) -> Loss:
-    """The entry for an object that was given as a loss.
+    """The entry for a user-defined loss.
 
     Args:
         name: Its name in configurations.
-        thing: A :class:`~penex.compare.registry.Loss`; a criterion's class, or a function that
-            returns a criterion, whose keywords are the options; a function of logits (N, K) and
-            labels (N,) that returns the mean loss; or a criterion.
+        thing: A :class:`~penex.compare.registry.Loss`; the class of a criterion, or a function that
+            returns a criterion, whose keyword arguments are the options; a function of logits
+            (N, K) and labels (N,) that returns the mean loss; or a criterion.
 
     Raises:
-        CompareError: It is none of these.
+        CompareError: `thing` is none of these.
     """
     if isinstance(thing, Loss):
         return replace(thing, name=name)
@@ -54,7 +54,7 @@ def user_loss(name: str, thing: Any) -> Loss:
 
 @dataclass(frozen=True)
 class _FromFactory(Make):
-    """Builds a criterion by what the user gave."""
+    """Builds a criterion with the user's class or function."""
 
     factory: Callable[..., Any] | None = None
 
@@ -73,7 +73,7 @@ class _FromFactory(Make):
 
 @dataclass(frozen=True)
 class _Copier:
-    """Builds copies of a criterion, as each run changes the state of its own."""
+    """Builds copies of a criterion, as each run changes the state of its copy."""
 
     criterion: nn.Module
 
@@ -82,7 +82,7 @@ class _Copier:
 
 
 class _Criterion(nn.Module):
-    """A function of logits and labels as a criterion."""
+    """Wraps a function of logits and labels as a criterion."""
 
     def __init__(self, function: Callable[..., Tensor], options: dict[str, Any]) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _Function:
 
 
 def _takes_a_batch(thing: Callable[..., Any]) -> bool:
-    """Whether it has two parameters without defaults, as a function of logits and labels."""
+    """Whether `thing` has two parameters without defaults, as a function of logits and labels."""
     if inspect.isclass(thing):
         return False
     needed = [
@@ -128,7 +128,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def check(loss: Loss) -> None:
-    """Refuse a loss that cannot be trained with, before anything is.
+    """Check before training that a loss can be trained with.
 
     Raises:
         CompareError: Its criterion does not return a finite number for each batch, with a finite
@@ -174,17 +174,17 @@ def check(loss: Loss) -> None:
 
 
 def measured_scale(criterion: nn.Module, num_classes: int) -> float:
-    """The gradient of a criterion at logits 0, as a multiple of cross-entropy's.
+    """The gradient of a criterion at logits 0, as a multiple of that of cross-entropy.
 
-    Measured once for each criterion, on a batch with a row of each class, by projection onto the
-    gradient of cross-entropy.
+    It is measured once for each criterion, on a batch with a row of each class, by projection onto
+    the gradient of cross-entropy.
 
     Raises:
-        CompareError: It is not positive, so that the loss does not train.
+        CompareError: The multiple is not positive, so the loss cannot be trained with.
     """
     if criterion not in _scales:
         device = next((p.device for p in (*criterion.parameters(), *criterion.buffers())), None)
-        # In a copy: a criterion may count the batches that it has seen.
+        # On a copy: a criterion may count the batches that it has seen.
         probe = copy.deepcopy(criterion)
         logits = torch.zeros(num_classes, num_classes, device=device, requires_grad=True)
         target = torch.arange(num_classes, device=device)
@@ -206,17 +206,18 @@ def measured_scale(criterion: nn.Module, num_classes: int) -> float:
 
 
 def fisher_error(loss: Any, knob: float | None = None) -> float:
-    """How far the link's probabilities are from the true ones where the expected loss is least.
+    """Largest error of the link's probabilities at the minimum of the expected loss.
 
-    Near 0 for a loss whose link is right. The expected loss of one input with class probabilities
-    :data:`SHARES` is minimised over its logits in float64.
+    It is near 0 for a loss whose link is correct. The expected loss of one input with class
+    probabilities :data:`SHARES` is minimised over its logits in float64.
 
     Args:
-        loss: As :func:`penex.compare_losses` takes it, no name; or a registered entry.
+        loss: An object that :func:`penex.compare_losses` takes as a loss, but not a name; or an
+            entry of the registry.
         knob: The value of its hyperparameter; None: the default.
 
     Returns:
-        The largest difference of a probability.
+        The largest absolute difference between a probability of the link and the true one.
     """
     entry = loss if isinstance(loss, Loss) else user_loss("loss:loss", loss)
     value = float("nan") if entry.knob is None else entry.knob.default
@@ -233,7 +234,7 @@ def fisher_error(loss: Any, knob: float | None = None) -> float:
         value.backward()  # type: ignore[no-untyped-call]
         return float(value.detach())
 
-    for _ in range(5):  # a criterion with a running state comes to rest
+    for _ in range(5):  # lets a criterion with a running state converge
         optimizer.step(closure)  # type: ignore[no-untyped-call]
     proba = entry.link(value, len(SHARES))(logits.detach()[None]).exp()[0]
     return float((proba - shares).abs().max())

@@ -1,7 +1,7 @@
-"""PENEX of a causal language model of transformers, from its hidden states.
+"""PENEX for causal language models of transformers, computed from their hidden states.
 
-The logits of all tokens are never made: the model is asked for those of the last token alone, and
-for its hidden states, from which :mod:`penex._linear` computes the loss.
+The logits of all tokens are never materialised: the model computes only those of the last token,
+and returns its hidden states, from which :mod:`penex._linear` computes the loss.
 """
 
 import inspect
@@ -18,25 +18,26 @@ from penex._penalty import PenaltyRule
 from penex.losses import PENEX
 
 LAST_LOGITS = {"logits_to_keep": 1}
-"""What a model's ``forward`` is to be told, where nobody wants the logits."""
+"""Arguments with which a model's ``forward`` computes the logits of the last token only."""
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
-"""Where configurations keep what bends the logits."""
+"""Configuration options that cap the logits."""
 
 
 def is_causal(model: nn.Module | None) -> bool:
-    """Whether the labels of `model` are the tokens themselves, to be shifted by one."""
+    """Whether `model` is a causal language model, whose labels are its tokens shifted by one."""
     names = {kind.__name__ for kind in type(_unwrapped(model)).__mro__}
     return not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 class CausalHead:
-    """The last layer of a causal language model, and the loss from what goes into it.
+    """The last layer of a causal language model, and the loss computed from its input.
 
     Args:
-        model: The model; adapters (PEFT) may be around it, but not around its last layer.
+        model: The model. It may be wrapped in adapters (PEFT), but its last layer may not.
 
     Raises:
-        ValueError: The logits are not made by a linear layer alone, or cannot be left out.
+        ValueError: The logits are not the output of a single linear layer, or the model cannot
+            leave them out.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -64,14 +65,16 @@ class CausalHead:
         self._checked = False
 
     def rows(self, outputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, T - 1, D), and the tokens that follow them (N, T - 1).
+        """The hidden states (N, T - 1, D) and the tokens that follow them (N, T - 1).
 
         Args:
-            outputs: The model's, with all ``hidden_states`` and the ``logits`` of the last token.
+            outputs: The model's output, with all ``hidden_states`` and at least the ``logits`` of
+                the last token.
             labels: The tokens, (N, T), not shifted.
 
         Raises:
-            ValueError: The logits are not those of the last layer, or `labels` not of their shape.
+            ValueError: The logits are not those of the last layer, or the shape of `labels` is not
+                that of the hidden states without D.
         """
         hidden = outputs["hidden_states"][-1]
         if hidden.shape[:-1] != labels.shape:
@@ -86,7 +89,7 @@ class CausalHead:
     def total(
         self, hidden: Tensor, labels: Tensor, criterion: PENEX, penalty: PenaltyRule
     ) -> Tensor:
-        """The sum over the tokens, 0-d, with the options of `criterion` and this penalty."""
+        """The loss summed over the tokens, 0-d, with the options of `criterion` and `penalty`."""
         return head_loss(
             hidden,
             self.layer.weight,
@@ -103,7 +106,7 @@ class CausalHead:
 
     @torch.no_grad()
     def _check(self, hidden: Tensor, logits: Tensor) -> None:
-        """Whatever the model does, its last logits tell whether we do the same."""
+        """Verify that the last layer, applied to the hidden states, gives the model's logits."""
         weight = self.layer.weight
         expected = F.linear(hidden.to(weight.dtype), weight, self.layer.bias)
         error, size = (expected - logits).abs().max(), expected.abs().max()
@@ -111,13 +114,13 @@ class CausalHead:
         if not error <= (0.05 if half else 1e-3) * size:
             raise ValueError(
                 "model: its logits are not its last layer's output of its last hidden states "
-                f"(they differ by up to {error.item():.3g}, at a size of {size.item():.3g}), so "
+                f"(they differ by up to {error.item():.3g}; the largest is {size.item():.3g}), so "
                 "the loss cannot be computed without them"
             )
         self._checked = True
 
 
 def _unwrapped(model: nn.Module | None) -> Any:
-    """The model inside of adapters."""
+    """The model without its adapters."""
     inner: Any = model
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner

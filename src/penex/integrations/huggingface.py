@@ -1,13 +1,13 @@
 """PENEX in the Hugging Face :class:`~transformers.Trainer` (extra ``transformers``).
 
-:class:`PENEXTrainer` stands where ``Trainer`` stood and looks after everything:
-the penalty's checkpoints, gradient accumulation, probabilities. :class:`PENEXLossFunc` is the loss
-alone, for the ``compute_loss_func`` of a ``Trainer`` that has to stay. :func:`fold` makes a model
-whose plain softmax is right, for a pipeline.
+:class:`PENEXTrainer` replaces ``Trainer`` and handles everything: the penalty in checkpoints,
+gradient accumulation and probabilities. :class:`PENEXLossFunc` is the loss alone, for the
+``compute_loss_func`` of a ``Trainer`` that cannot be replaced. :func:`fold` returns a model whose
+plain softmax gives the probabilities, for use in a pipeline.
 
-Sequence, image and token classification: models whose output has ``logits`` (N, K) for labels (N),
-or (N, T, K) for labels (N, T), where -100 is ignored. And, in :class:`PENEXTrainer`, causal
-language models, whose logits are not made in training.
+Supported tasks are sequence, image and token classification: models whose output has ``logits``
+(N, K) for labels (N), or (N, T, K) for labels (N, T), where -100 is ignored. In addition,
+:class:`PENEXTrainer` supports causal language models, whose logits are not computed in training.
 """
 
 import copy
@@ -35,33 +35,33 @@ from penex.integrations._causal import LAST_LOGITS, CausalHead, is_causal  # noq
 __all__ = ["PENEXLossFunc", "PENEXTrainer", "fold"]
 
 STATE_FILE = "penex.json"
-"""In each checkpoint: the penalty, and the sensitivity it belongs to."""
+"""The file in each checkpoint that holds the penalty and the sensitivity it belongs to."""
 FOLDED = "penex_folded_sensitivity"
-"""What the configuration of a folded model is marked with."""
-IGNORE_INDEX = -100  # the labels that the Trainer leaves out when it counts
+"""The configuration option that marks a folded model."""
+IGNORE_INDEX = -100  # the Trainer does not count these labels
 HEADS = ("classifier", "score", "classification_head", "logits_proj", "lm_head")
 
 
 class PENEXLossFunc:
-    r"""The loss as ``compute_loss_func`` of a stock :class:`~transformers.Trainer`.
+    r"""PENEX as the ``compute_loss_func`` of a stock :class:`~transformers.Trainer`.
 
     The sum over the micro-batch is divided by `num_items_in_batch`, which the Trainer counts over
-    all micro-batches and ranks of an update. With class weights too this is a number of labels, not
-    the sum of their weights. In evaluation it is whatever the Trainer counts there; without a count
-    the mean is that of :class:`penex.PENEX`.
+    all micro-batches and ranks of an update. Even with class weights this is a number of labels,
+    not the sum of their weights. In evaluation the divisor is whatever the Trainer counts there;
+    without a count, the mean is that of :class:`penex.PENEX`.
 
-    The Trainer does not know the criterion. So the running penalty is not in its checkpoints, and
-    after resuming it starts anew from the first batch; it moves with every micro-batch; the logits
-    of ``predict`` are :math:`f`, whose probabilities are ``criterion.predict_proba(f)``; and
-    ``label_smoothing_factor`` has no effect, `label_smoothing` here has. :class:`PENEXTrainer`
-    has none of these limits.
+    The Trainer does not know the criterion, which has four consequences. The running penalty is not
+    saved in checkpoints, so after resuming it restarts from the first batch. It is updated with
+    every micro-batch. The logits of ``predict`` are :math:`f`, whose probabilities are
+    ``criterion.predict_proba(f)``. And ``label_smoothing_factor`` has no effect; pass
+    `label_smoothing` here instead. :class:`PENEXTrainer` has none of these limitations.
 
     Args:
         sensitivity: :math:`\alpha > 0`.
-        options: Other keywords of :class:`penex.PENEX`, except `reduction` and `ignore_index`.
+        options: Other arguments of :class:`penex.PENEX`, except `reduction` and `ignore_index`.
 
     Attributes:
-        criterion: The :class:`penex.PENEX` that computes it.
+        criterion: The :class:`penex.PENEX` that computes the loss.
 
     Example:
         >>> loss_func = PENEXLossFunc(sensitivity=0.5, penalty=0.25)
@@ -86,15 +86,16 @@ class PENEXLossFunc:
         Args:
             outputs: The model's output, with ``logits``, shape (N, K) or (N, T, K).
             labels: Class indices, integer, shape (N) or (N, T).
-            num_items_in_batch: What to divide the sum by, 0-d; None: the denominator of this batch.
+            num_items_in_batch: The divisor of the sum, 0-d. None: the denominator of this batch.
 
         Returns:
             The loss, 0-d.
 
         Raises:
             TypeError: `outputs` has no ``logits``.
-            ValueError: `labels` are not class indices of the logits' shape, the outputs are those
-                of a causal language model, or `num_items_in_batch` comes from ``DataParallel``.
+            ValueError: `labels` are not class indices that match the shape of the logits, the
+                outputs are those of a causal language model, or `num_items_in_batch` comes from
+                ``DataParallel``.
         """
         logits, labels = _rows(outputs, labels)
         total: Tensor = self.criterion.to(logits.device)(logits, labels)
@@ -104,29 +105,30 @@ class PENEXLossFunc:
 class PENEXTrainer(Trainer):
     r""":class:`~transformers.Trainer` with the loss :class:`penex.PENEX`.
 
-    - Updates are those of whole batches: however a batch is split into micro-batches
-      (``gradient_accumulation_steps``) and ranks, its loss is divided by its number of labels, or
-      the sum of their class weights, once. All are computed with the running penalty of the updates
-      before, and then absorbed together. In the first update there is none yet: unless `penalty`
-      gives the start, each micro-batch uses its own estimate; ``penalty_mode="auto"`` does so
-      always.
-    - Of causal language models, the loss is computed without the logits, as
-      :func:`penex.functional.linear_penex_loss` does it, from the hidden states before the last
-      layer; labels are shifted as transformers does. Evaluation makes logits where predictions or
-      metrics are asked for. The model may have adapters (PEFT), but not at its last layer.
-    - ``predict`` and ``compute_metrics`` get calibrated logits, :math:`(1+\alpha) f` without label
-      smoothing and huberization: their softmax are the probabilities of
-      :meth:`penex.PENEX.predict_proba`, their cross-entropy is the NLL.
-    - ``eval_loss`` is the value of PENEX at the present penalty, so it can be compared neither with
-      cross-entropy nor well between epochs. Choose the best model by a metric such as the NLL.
-    - Checkpoints, and what ``save_model`` writes, have the penalty in ``penex.json``. Resuming
-      restores it, and so does ``load_best_model_at_end``.
-    - The model that ``save_model`` writes is as it was trained, softmax of its logits is too flat;
-      :meth:`save_folded` writes one for pipelines.
-    - ``label_smoothing_factor`` is the loss's `label_smoothing`.
+    - An update is that of the whole batch, however the batch is split into micro-batches
+      (``gradient_accumulation_steps``) and ranks: the loss is divided once, by the number of
+      labels in the batch or the sum of their class weights. All micro-batches use the running
+      penalty from before the update, which afterwards absorbs them together. Before the first
+      update there is no running penalty: unless `penalty` gives an initial value, each micro-batch
+      uses its own estimate, as it always does with ``penalty_mode="auto"``.
+    - For causal language models, the loss is computed without the logits, from the hidden states
+      before the last layer, as in :func:`penex.functional.linear_penex_loss`; labels are shifted
+      as in transformers. Evaluation computes logits where predictions or metrics are requested.
+      The model may have adapters (PEFT), but not on its last layer.
+    - ``predict`` and ``compute_metrics`` get calibrated logits (without label smoothing and
+      huberization, :math:`(1+\alpha) f`): their softmax gives the probabilities of
+      :meth:`penex.PENEX.predict_proba`, and their cross-entropy is the NLL.
+    - ``eval_loss`` is the value of PENEX at the current penalty. It cannot be compared with
+      cross-entropy, and is not reliable between epochs either. Choose the best model by a metric
+      such as the NLL.
+    - Checkpoints, and the folders that ``save_model`` writes, contain the penalty in
+      ``penex.json``. It is restored on resuming and by ``load_best_model_at_end``.
+    - ``save_model`` writes the model as it was trained; the softmax of its logits is too flat.
+      :meth:`save_folded` writes a model for pipelines.
+    - ``label_smoothing_factor`` sets `label_smoothing` of the loss.
 
-    Gradients are about :math:`\alpha` times those of cross-entropy, so ``max_grad_norm`` should be
-    too.
+    Gradients are about :math:`\alpha` times those of cross-entropy, so scale ``max_grad_norm`` by
+    about :math:`\alpha` as well.
 
     Args:
         model: As for ``Trainer``.
@@ -135,18 +137,18 @@ class PENEXTrainer(Trainer):
         weight: Class weights, shape (K).
         penalty_mode: As in :class:`penex.PENEX`.
         penalty: As in :class:`penex.PENEX`.
-        ema: As in :class:`penex.PENEX`; per update.
+        ema: As in :class:`penex.PENEX`; applied once per update.
         huberization: As in :class:`penex.PENEX`.
-        kwargs: What else ``Trainer`` takes, except `compute_loss_func`.
+        kwargs: Other arguments of ``Trainer``, except `compute_loss_func`.
 
     Attributes:
         criterion: The :class:`penex.PENEX` that computes the loss.
 
     Raises:
-        ValueError: An option is out of its range, the model is configured for regression or several
-            labels, was folded, or has another number of labels than `weight`; one process is to
-            drive several devices; or a causal language model is sharded, is to be trained with
-            label smoothing, or makes its logits by more than a linear layer.
+        ValueError: An option is out of range; the model is configured for regression or several
+            labels, has been folded, or has a different number of labels than `weight`; one process
+            drives several devices; or a causal language model is sharded, is to be trained with
+            label smoothing, or computes its logits with more than a linear layer.
     """
 
     def __init__(
@@ -180,22 +182,22 @@ class PENEXTrainer(Trainer):
         ).criterion.eval()
         self.label_smoother = None  # it would smooth cross-entropy
         self._start = self.criterion.penalty.clone()
-        # One penalty for all micro-batches of an update: they are absorbed together, at its end.
+        # All micro-batches of an update share one penalty, which absorbs them together at its end.
         self._seen: list[LogSums] = []
 
     def _causal_head(self) -> CausalHead | None:
-        """The last layer of a causal language model; None: the model is not one."""
+        """The last layer if the model is a causal language model, else None."""
         if not is_causal(self.model):
             return None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "model: it is to be sharded; expected a causal language model to be whole on each "
-                "rank, for its last layer is used apart from it"
+                "model: expected a causal language model to be whole on each rank, because its "
+                "last layer is used separately, but this model is to be sharded"
             )
         if self.args.label_smoothing_factor != 0:
             raise ValueError(
                 "label_smoothing_factor: expected 0 for a causal language model, whose logits are "
-                f"not made, got {self.args.label_smoothing_factor}"
+                f"not computed, got {self.args.label_smoothing_factor}"
             )
         return CausalHead(self.model)
 
@@ -204,7 +206,8 @@ class PENEXTrainer(Trainer):
         self._seen.clear()
         batches, items = super().get_batch_samples(*args, **kwargs)
         if items is not None and (self._head is not None or self.criterion.weight is not None):
-            # Not what the Trainer has counted: weights, or which tokens nothing predicts.
+            # The Trainer's count ignores class weights and includes the first token of each
+            # sequence, which nothing predicts.
             first = 0 if self._head is None else 1
             labels = [batch["labels"].to(self.args.device)[..., first:] for batch in batches]
             labels = [part.flatten() for part in labels]
@@ -220,7 +223,7 @@ class PENEXTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a micro-batch, or, in evaluation, of a batch, which has its own mean."""
+        """The loss of a micro-batch or, in evaluation, the mean loss of a batch."""
         items = num_items_in_batch if model.training else None
         if self._head is not None:
             inputs = {**inputs, "output_hidden_states": True}
@@ -241,7 +244,7 @@ class PENEXTrainer(Trainer):
             rule = CollectedPenalty(self.criterion.to(logits.device), seen)
             total = self.criterion._loss(logits, targets, self.criterion._with_penalty(rule))
         else:
-            # Mixed precision ends at the model's output, and its last layer is used behind it.
+            # The model's own autocast ends at its output; the last layer is applied after that.
             with self.accelerator.autocast():
                 hidden, targets = self._head.rows(outputs, _labels(labels))
                 rule = CollectedPenalty(self.criterion.to(hidden.device), seen)
@@ -283,11 +286,11 @@ class PENEXTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """As :meth:`transformers.Trainer.train`.
+        """Train as :meth:`transformers.Trainer.train` does, restoring the penalty when resuming.
 
         Raises:
             FileNotFoundError: The checkpoint was not written by this class.
-            ValueError: It was, with another sensitivity.
+            ValueError: The checkpoint was written with another sensitivity.
         """
         if resume_from_checkpoint is True:  # the Trainer raises if there is none
             folder = self.args.output_dir
@@ -300,12 +303,12 @@ class PENEXTrainer(Trainer):
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             best = Path(self.state.best_model_checkpoint, STATE_FILE)
-            if best.exists():  # a node without it kept its last model, too
+            if best.exists():  # a node that does not have it kept its last model, too
                 self._load_penalty(best)
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As :meth:`transformers.Trainer.save_model`, and the penalty."""
+        """Save the model as :meth:`transformers.Trainer.save_model` does, with the penalty."""
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
@@ -334,10 +337,10 @@ class PENEXTrainer(Trainer):
         self.criterion.penalty.fill_(penalty or 0.0)
 
     def save_folded(self, output_dir: str | PathLike[str], layer: str | None = None) -> None:
-        """Save the model, :func:`fold`-ed, and its tokenizer or processor, for a pipeline.
+        """Save the model, folded by :func:`fold`, and its tokenizer or processor, for a pipeline.
 
         Args:
-            output_dir: Where to, for ``from_pretrained`` and ``pipeline``.
+            output_dir: The folder to write, which ``from_pretrained`` and ``pipeline`` can read.
             layer: As in :func:`fold`.
 
         Raises:
@@ -363,16 +366,16 @@ class PENEXTrainer(Trainer):
 
 
 def fold(model: nn.Module | None, sensitivity: float, layer: str | None = None) -> PreTrainedModel:
-    r"""A copy of `model` whose last layer is scaled by :math:`1+\alpha`: plain softmax is right.
+    r"""Copy `model` with its last layer scaled by :math:`1+\alpha`, so that plain softmax is right.
 
-    :func:`penex.inference.fold_temperature` for models of transformers. The copy's configuration
-    says so, as ``penex_folded_sensitivity``, also when it was saved and loaded; :func:`fold` and
-    :class:`PENEXTrainer` refuse it then.
+    This is :func:`penex.inference.fold_temperature` for models of transformers. The copy's
+    configuration records it as ``penex_folded_sensitivity``, which survives saving and loading;
+    :func:`fold` and :class:`PENEXTrainer` refuse such a model.
 
     Args:
-        model: Trained with PENEX.
+        model: A model trained with PENEX.
         sensitivity: The :math:`\alpha > 0` it was trained with.
-        layer: Name of the module that makes the logits, such as ``"classifier.out_proj"``. None:
+        layer: Name of the module that computes the logits, such as ``"classifier.out_proj"``. None:
             the task head, ``classifier``, ``score``, ``classification_head`` or ``logits_proj``.
 
     Returns:
@@ -380,8 +383,8 @@ def fold(model: nn.Module | None, sensitivity: float, layer: str | None = None) 
 
     Raises:
         TypeError: `model` is not a ``PreTrainedModel``.
-        ValueError: `sensitivity` is not finite and positive; `model` was folded before; it has no
-            such head; or the last layer cannot be scaled alone.
+        ValueError: `sensitivity` is not finite and positive; `model` has already been folded; it
+            has no such head; or the last layer cannot be scaled on its own.
         AttributeError: `model` has no module `layer`.
     """
     if not isinstance(model, PreTrainedModel):
@@ -415,8 +418,8 @@ def fold(model: nn.Module | None, sensitivity: float, layer: str | None = None) 
 
 
 _ONE_DEVICE = (
-    "expected one process per device, as torchrun and accelerate launch start them, for "
-    "DataParallel, which a single process with several devices uses, scales the loss wrongly"
+    "expected one process per device, as started by torchrun or accelerate launch, because "
+    "DataParallel, which a single process with several devices uses, scales the loss incorrectly"
 )
 
 
@@ -441,13 +444,13 @@ def _rows(outputs: Mapping[str, Any], labels: Tensor | None) -> tuple[Tensor, Te
 
 
 def _labels(labels: Tensor | None) -> Tensor:
-    """The labels, which are class indices."""
+    """Return the labels if they are class indices; refuse them otherwise."""
     if labels is None:
         raise ValueError("labels: expected the batch to have them, under 'labels'; got none")
     if labels.is_floating_point():
         raise ValueError(
-            f"labels: expected class indices, got {labels.dtype}; regression and several labels "
-            "per row are not what this loss is for"
+            f"labels: expected class indices, got {labels.dtype}; this loss supports neither "
+            "regression nor several labels per row"
         )
     return labels
 
@@ -455,7 +458,7 @@ def _labels(labels: Tensor | None) -> Tensor:
 def _mean(
     total: Tensor, labels: Tensor, weight: Tensor | None, items: Tensor | float | None
 ) -> Tensor:
-    """`total` over the number that the Trainer gave, or over the batch's own denominator."""
+    """`total` divided by the Trainer's count or, without one, by the batch's own denominator."""
     if items is None:
         items = _denominator(labels, weight)
     items = torch.as_tensor(items, device=total.device)
@@ -465,7 +468,7 @@ def _mean(
 
 
 def _denominator(labels: Tensor, weight: Tensor | None) -> Tensor:
-    """What the mean over labels (M) divides by, 0-d."""
+    """The denominator of the mean over labels (M), 0-d."""
     keep = labels != IGNORE_INDEX
     if weight is None:
         return keep.sum()
@@ -473,7 +476,7 @@ def _denominator(labels: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _check_config(config: Any, weight: Tensor | None, num_classes: int | None) -> None:
-    """Refuse a model that is configured for something else; one without configuration passes."""
+    """Refuse a model configured for another task; one without a configuration passes."""
     if config is None:
         return
     problem = getattr(config, "problem_type", None)

@@ -1,8 +1,8 @@
-r"""PENEX in Lightning: what a batch tells about the loss, in the log.
+r"""A Lightning callback that logs how PENEX treats the samples of each batch.
 
-For training nothing is needed. ``self.criterion = penex.PENEX(process_group="world")`` in a module
-is a submodule like any other: the penalty is in the checkpoints, ``train()`` and ``eval()`` reach
-it, and under DDP all ranks have the penalty of the joined batch.
+Training itself needs no integration. ``self.criterion = penex.PENEX(process_group="world")`` in a
+module is a submodule like any other: the penalty is saved in checkpoints, ``train()`` and
+``eval()`` reach it, and under DDP all ranks use the penalty of the joint batch.
 """
 
 import math
@@ -26,51 +26,51 @@ __all__ = ["PENEXMonitor"]
 
 
 class PENEXMonitor(Callback):
-    r"""Logs the penalty, the weights of the samples, and their margins, of training batches.
+    r"""Log the penalty, the sample weights and the margins of training batches.
 
-    At the steps at which the trainer writes its log (``log_every_n_steps``), for the batch that the
-    criterion has seen in that step, without another forward pass. At other steps it costs a Python
-    call and no synchronisation.
+    Values are logged at the steps at which the trainer writes its log (``log_every_n_steps``), for
+    the batch that the criterion has seen in that step, without another forward pass. At other steps
+    the callback costs a Python call and no synchronisation.
 
-    A sample's weight is what the exponential part of the loss makes of it,
+    A sample's weight is its term in the exponential part of the loss,
     :math:`v_i = e^{-\alpha f_{y_i}}`. With class weights, label smoothing, probability targets or
     huberization it is :math:`v_i = \sum_k w_k q_{ik} \min(e^{-\alpha f_{ik}}, t)`: the 1-norm of
     that part's gradient, divided by :math:`\alpha`. Its margin is
     :func:`penex.functional.margin`, :math:`f_y - \max_{j \ne y} f_j`, where :math:`y` is the most
-    probable class if the target has probabilities. A sample is one row with a target: a token, or
-    a pixel, if the target is dense. Rows that are ignored, or that the class weights give no
-    weight, do not count, and a batch with no other rows has the first number alone.
+    probable class if the targets are probabilities. A sample is one row with a target; for dense
+    targets, a token or a pixel. Ignored rows and rows whose class weight is zero do not count; for
+    a batch without other rows only the penalty is logged.
 
     ================================ ============================================================
     ``penex/penalty``                :math:`\rho`, this batch included
     ``penex/weight_mean``            :math:`\sum_i v_i / n`
-    ``penex/weight_max_share``       :math:`\max_i v_i / \sum_i v_i`: the heaviest sample's part
+    ``penex/weight_max_share``       :math:`\max_i v_i / \sum_i v_i`: the largest weight's share
     ``penex/weight_ess``             :math:`(\sum_i v_i)^2 / (n \sum_i v_i^2)`: the effective
-                                     sample size as a share of the :math:`n` rows, 1 if all weigh
-                                     the same, :math:`1/n` if one has all the weight
+                                     sample size as a share of the :math:`n` rows, 1 if all weights
+                                     are equal, :math:`1/n` if one row has all the weight
     ``penex/margin_mean``            mean of the margins
-    ``penex/margin_median``          their median, the lower one of two
+    ``penex/margin_median``          median of the margins, the lower of the two middle values
     ``penex/margin_q05``             the margin of rank :math:`\lceil 0.05\, n \rceil` from below
     ``penex/margin_negative``        share of margins below 0, which is the training error
     ``penex/label_variance``         variance of :math:`f_y` over the batch
     ``penex/partition_variance``     variance of :math:`\log \sum_j e^{f_j}` over the batch
     ================================ ============================================================
 
-    The variances are weighed as the loss weighs rows and classes. They are what
-    :class:`penex.LogPENEX` adds to cross-entropy, to second order; that loss can be watched too,
-    and has all numbers but the penalty.
+    The variances use the same row and class weights as the loss. They are what
+    :class:`penex.LogPENEX` adds to cross-entropy, to second order. That loss can be monitored too;
+    it has all values but the penalty.
 
-    With several criteria a module's name follows: ``penex/heads.main/penalty``. If a criterion is
-    called more than once in a step (micro-batches, deep supervision), the last call counts. With
-    several processes the numbers are those of each one's own batch, and Lightning writes those of
-    the first; :math:`\rho` is the common one if the criterion has a `process_group`.
+    With several criteria, keys contain the name of the criterion: ``penex/heads.main/penalty``. If
+    a criterion is called more than once in a step (micro-batches, deep supervision), the last call
+    counts. With several processes, each computes the values of its own batch, and Lightning logs
+    those of the first; :math:`\rho` is shared if the criterion has a `process_group`.
 
     Args:
-        criterion: The criterion to watch. None: every one in the module.
+        criterion: The criterion to monitor. None: every such criterion in the module.
 
     Raises:
         TypeError: `criterion` is neither a :class:`penex.PENEX` nor a :class:`penex.LogPENEX`.
-        ValueError: At the start of training: there is no such criterion in the module.
+        ValueError: The module contains no such criterion; raised at the start of training.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -90,18 +90,18 @@ class PENEXMonitor(Callback):
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hook into the criteria."""
+        """Register hooks on the criteria."""
         self._watched = self._find(pl_module)
         for name, criterion in self._watched.items():
             hook = self._hook(name)
             self._handles.append(criterion.register_forward_hook(hook, with_kwargs=True))
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Keep this batch, if its step will be logged."""
+        """Keep this batch if its step will be logged."""
         self._due = trainer._logger_connector.should_update_logs
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log what was kept."""
+        """Log the values of the batch that was kept."""
         self._due = False
         for name, (input, target) in self._seen.items():
             prefix = "penex/" if len(self._watched) == 1 else f"penex/{name}/"
@@ -114,7 +114,7 @@ class PENEXMonitor(Callback):
         self._seen.clear()
 
     def on_train_end(self, *_: Any) -> None:
-        """Leave the criteria as they were."""
+        """Remove the hooks from the criteria."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -123,7 +123,7 @@ class PENEXMonitor(Callback):
         self._due = False
 
     def on_exception(self, *_: Any) -> None:
-        """Leave the criteria as they were."""
+        """Remove the hooks from the criteria."""
         self.on_train_end()
 
     def _find(self, module: LightningModule) -> dict[str, PENEX | LogPENEX]:
@@ -151,7 +151,7 @@ class PENEXMonitor(Callback):
 
 @torch.no_grad()
 def measured(criterion: PENEX | LogPENEX, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The numbers of :class:`PENEXMonitor` for a batch that `criterion` has seen, 0-d each."""
+    """The values that :class:`PENEXMonitor` logs for a batch of `criterion`, 0-d each."""
     numbers, huberization = {}, None
     if isinstance(criterion, PENEX):
         numbers["penalty"], huberization = criterion.penalty.clone(), criterion.huberization
@@ -178,7 +178,7 @@ def measured(criterion: PENEX | LogPENEX, input: Tensor, target: Tensor) -> dict
         .logsumexp(1)[kept]
     )
     heaviest = log_weights.max()
-    relative = (log_weights - heaviest).exp()  # right even where the weights themselves overflow
+    relative = (log_weights - heaviest).exp()  # correct even where the weights themselves overflow
     numbers["weight_mean"] = heaviest.exp() * relative.mean()
     numbers["weight_max_share"] = 1 / relative.sum()
     numbers["weight_ess"] = relative.sum() ** 2 / (count * (relative**2).sum())

@@ -1,8 +1,9 @@
-r"""PENEX in scikit-learn: a classifier that goes where its own classifiers go.
+r"""A scikit-learn classifier trained with PENEX.
 
-Between calls a classifier's tensors are on the CPU, so it pickles and loads anywhere.
+Between calls, the tensors of a classifier are on the CPU, so that it can be pickled and loaded on
+any machine.
 """
-# ruff: noqa: N803, N806  # X is what scikit-learn calls it
+# ruff: noqa: N803, N806  # X is scikit-learn's name
 
 import contextlib
 import copy
@@ -45,66 +46,69 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     r"""A multi-layer perceptron, or a network of your own, trained with PENEX.
 
     Its probabilities are those of the loss, :math:`\operatorname{softmax}((1+\alpha) f)` for PENEX
-    and :func:`penex.inference.link` for the others. Names and defaults are those of
-    :class:`sklearn.neural_network.MLPClassifier` where it has them; ReLU between the layers, and
-    AdamW trains.
+    and :func:`penex.inference.link` for the others. Parameters shared with
+    :class:`sklearn.neural_network.MLPClassifier` have its names and defaults; the activation is
+    ReLU and the optimizer AdamW.
 
-    Inputs are taken as they are. Networks want features of one scale, so put a
-    :class:`~sklearn.preprocessing.StandardScaler` before this in a pipeline. float32 is computed in
-    float32, anything else in float64; sparse matrices are made dense one batch at a time.
+    Inputs are not scaled. Networks need features on a similar scale, so put a
+    :class:`~sklearn.preprocessing.StandardScaler` before the classifier in a pipeline. float32
+    input is computed in float32, any other in float64; sparse matrices are made dense one batch at
+    a time.
 
-    Training stops when the log-loss of the predicted probabilities, not the value of the loss, has
-    not improved by `tol` for `n_iter_no_change` epochs: PENEX's own value may rise while the model
-    improves, because :math:`\rho` moves. It is that of the training rows, each taken as its batch
-    is trained on; with `early_stopping` that of rows held out.
+    Training stops when the log-loss of the predicted probabilities, rather than the value of the
+    loss, has not improved by `tol` for `n_iter_no_change` epochs: PENEX's own value may rise while
+    the model improves, because :math:`\rho` moves. The log-loss is that of the training rows, each
+    evaluated when its batch is trained on; with `early_stopping`, that of the held-out rows.
 
-    Weights of samples are relative to each other. A weight multiplies the row's part of the loss
-    and, for PENEX, of the sums that estimate :math:`\rho`; so a row of weight two is two rows
-    wherever all rows are in one batch, and a row of weight zero is no row.
+    Sample weights are relative to each other. A weight multiplies the row's term in the loss and,
+    for PENEX, in the sums that estimate :math:`\rho`; so a row of weight two is equivalent to two
+    rows if all rows are in one batch, and a row of weight zero is ignored.
 
     Args:
         hidden_layer_sizes: Widths of the hidden layers; ``()`` is a linear model.
         loss: ``"penex"``, ``"cross-entropy"``, ``"label-smoothing"``, ``"confidence-penalty"`` or
             ``"focal"``.
-        sensitivity: PENEX's :math:`\alpha > 0`; other losses do not read it.
+        sensitivity: PENEX's :math:`\alpha > 0`; ignored by other losses.
         loss_strength: Smoothing :math:`\varepsilon` (None: 0.1), weight of the confidence penalty
-            :math:`\beta` (None: 0.1) or focal :math:`\gamma` (None: 2). Refused for losses without
-            such a number.
+            :math:`\beta` (None: 0.1) or focal :math:`\gamma` (None: 2). Must be None for losses
+            without such a parameter.
         learning_rate_init: Learning rate, constant.
-        weight_decay: Decay of all parameters, decoupled from the loss (AdamW).
-        batch_size: Rows of a batch; ``"auto"`` is 200. A single row left over joins the batch
+        weight_decay: Decoupled weight decay of all parameters (AdamW).
+        batch_size: Rows in a batch; ``"auto"`` is 200. A single leftover row joins the batch
             before it.
-        max_iter: Epochs at most.
-        tol: Least improvement of the log-loss that counts as one. None: always `max_iter` epochs.
-        n_iter_no_change: Epochs without improvement that are tolerated.
+        max_iter: Maximum number of epochs.
+        tol: Smallest improvement of the log-loss that counts as one. None: always train for
+            `max_iter` epochs.
+        n_iter_no_change: Number of epochs without improvement that are tolerated.
         early_stopping: Hold out a stratified part of the rows, and keep the weights of the epoch
-            with its smallest log-loss. Not for :meth:`partial_fit`.
-        validation_fraction: Share that is held out.
-        class_weight: ``{label: weight}``, or ``"balanced"`` for the same total weight in every
-            class (not for :meth:`partial_fit`); multiplies the weights of the samples.
+            with the lowest log-loss on it. Not supported by :meth:`partial_fit`.
+        validation_fraction: Share of the rows to hold out.
+        class_weight: ``{label: weight}``, or ``"balanced"`` for equal total weights of the classes
+            (not supported by :meth:`partial_fit`); multiplies the sample weights.
         module: A function ``(n_features, n_classes) -> nn.Module`` in place of the perceptron. The
             module maps (N, n_features) to logits (N, n_classes); it is cast to the dtype of the
-            input. What it does to whole batches, as batch normalisation, knows no weights.
-        warm_start: :meth:`fit` goes on from the weights there are. The classes must be the same.
+            input. Operations on whole batches, such as batch normalisation, ignore sample weights.
+        warm_start: Whether :meth:`fit` continues from the current weights. The classes must be the
+            same.
         device: Where to compute, such as ``"cuda"``. Batches are moved one at a time.
-        random_state: Seed or numpy ``RandomState``. torch's own generators are left as they were;
-            with a `module`, while nothing else draws from them in another thread.
-        verbose: Print a line after every epoch.
+        random_state: Seed or numpy ``RandomState``. The state of torch's own generators is kept;
+            with a `module`, provided that no other thread draws from them meanwhile.
+        verbose: Whether to print a line after every epoch.
 
     Attributes:
-        classes_: The labels, sorted; the columns of the probabilities.
+        classes_: The sorted labels, in the order of the columns of the probabilities.
         n_features_in_: Number of features.
-        feature_names_in_: Their names, if X had column names.
+        feature_names_in_: Names of the features, if X had column names.
         model_: The network, on the CPU in evaluation mode; returns logits :math:`f`.
         criterion_: The loss, with PENEX's penalty in ``criterion_.penalty``;
             ``penex.inference.Calibrated(model_, criterion_)`` returns probabilities.
-        n_iter_: Epochs trained.
+        n_iter_: Number of epochs trained.
         loss_curve_: Log-loss of the training rows in each epoch, comparable between losses.
-        validation_scores_: Minus the log-loss of the rows held out, after each epoch; only with
+        validation_scores_: Negative log-loss of the held-out rows after each epoch; only with
             `early_stopping`.
 
     Raises:
-        TypeError, ValueError: A parameter or input is not as described, when it is used.
+        TypeError, ValueError: A parameter or input is not as described; raised on its first use.
 
     Example:
         >>> from sklearn.datasets import load_iris
@@ -124,8 +128,8 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     n_iter_: int
     loss_curve_: list[float]
     validation_scores_: list[float]
-    # What training goes on with: numbers yet to draw, AdamW's state after partial_fit, and what
-    # the network and the loss were made of.
+    # State for further training: the random numbers, AdamW's state after partial_fit, and the
+    # settings from which the network and the loss were built.
     _random: np.random.RandomState
     _moments: dict[int, dict[str, Tensor]]
     _layers: tuple[Any, tuple[int, ...]]
@@ -179,12 +183,12 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
     def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
-        """Train on `X` and `y`, from the start unless `warm_start`.
+        """Train on `X` and `y`, from scratch unless `warm_start`.
 
         Args:
-            X: Features, array, DataFrame or sparse, shape (N, n_features).
+            X: Features, an array, DataFrame or sparse matrix, shape (N, n_features).
             y: Labels, numbers or strings, shape (N).
-            sample_weight: Weights >= 0, shape (N).
+            sample_weight: Weights >= 0, shape (N). None: equal weights.
 
         Returns:
             This classifier.
@@ -198,7 +202,7 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"y: expected two classes or more, got 1 class: {classes.tolist()}")
         if resume and not np.array_equal(classes, self.classes_):
             raise ValueError(
-                "y: warm_start goes on with the classes of the first fit, "
+                "y: with warm_start, expected the classes of the first fit, "
                 f"{self.classes_.tolist()}; got {classes.tolist()}"
             )
         self.classes_ = classes
@@ -226,12 +230,12 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         classes: ArrayLike | None = None,
         sample_weight: ArrayLike | None = None,
     ) -> Self:
-        """Train one epoch on `X` and `y`, going on from what was learnt before.
+        """Train for one epoch on `X` and `y`, continuing from earlier calls.
 
         Args:
             X: As in :meth:`fit`.
             y: As in :meth:`fit`; some of the classes may be missing.
-            classes: All labels that will come, needed in the first call.
+            classes: All labels that will ever occur; required in the first call.
             sample_weight: As in :meth:`fit`; relative to the other rows of this call.
 
         Returns:
@@ -285,10 +289,10 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         values = self._log_proba(X)
         return _numpy(values[:, 1] - values[:, 0] if values.shape[1] == 2 else values)
 
-    # What was asked for, checked.
+    # Validation of parameters and input.
 
     def _checked(self) -> "_Loss":
-        """The loss; what no other library checks on its way is checked here."""
+        """Check the parameters that no other library checks, and return the loss."""
         name = choice("loss", self.loss, _LOSSES)
         if self.module is not None:
             if isinstance(self.module, nn.Module) or not callable(self.module):
@@ -356,7 +360,7 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return known
 
     def _weighted(self, X: Any, y: NDArray[Any], weights: NDArray[np.float64]) -> "_Rows":
-        """The rows that weigh anything, the weights of their classes included."""
+        """The rows whose weight, multiplied by that of their class, is positive."""
         index = np.flatnonzero(weights)
         y, weights = y[index], weights[index]
         labels = np.searchsorted(self.classes_, y)
@@ -385,9 +389,9 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _seeded(self) -> Iterator[None]:
-        """A module may draw from torch's own generators: seed them, and put them back after.
+        """Seed torch's own generators, which a module may draw from, and restore them afterwards.
 
-        The perceptron does not draw from them, so it may be trained in threads.
+        The perceptron does not draw from them, so it can be trained in several threads.
         """
         if self.module is None:
             yield
@@ -402,14 +406,14 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             yield
 
     def _prepare(self, loss: "_Loss", dtype: np.dtype[Any], resume: bool) -> None:
-        """The network and the loss, new or those there are."""
+        """Create the network and the loss, or keep the existing ones where training resumes."""
         layers = self.module, self._hidden
         if not resume:
             self._dtype = dtype.type
             self.model_ = self._network()
         elif layers != self._layers:
             raise ValueError(
-                "module, hidden_layer_sizes: training goes on with the network there is, of "
+                "module, hidden_layer_sizes: training continues with the existing network, of "
                 f"{self._layers}; got {layers}"
             )
         if not (resume and loss == self._loss):  # the penalty means nothing to another loss
@@ -430,7 +434,7 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return network.to(torch.float32 if self._dtype == np.float32 else torch.float64)
 
     def _train(self, rows: "_Rows", held: "_Rows | None" = None, *, once: bool = False) -> None:
-        """Epochs over `rows` until nothing improves; or one."""
+        """Train until the log-loss stops improving, or for one epoch if `once`."""
         device = torch.device(self.device)
         model, criterion = self.model_.to(device), self.criterion_.to(device)
         optimizer = torch.optim.AdamW(
@@ -460,8 +464,8 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         else:
             if self.tol is not None and not once:
                 warnings.warn(
-                    f"max_iter: after {self.max_iter} epochs the log-loss still improved. Give "
-                    "more, or tol=None if this number is meant.",
+                    f"max_iter: after {self.max_iter} epochs the log-loss was still improving. "
+                    "Increase max_iter, or set tol=None to train for exactly this many epochs.",
                     ConvergenceWarning,
                     stacklevel=3,
                 )
@@ -483,14 +487,14 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer,
         device: torch.device,
     ) -> float:
-        """The log-loss of the training rows, each taken before its batch is learnt."""
+        """Train for one epoch; the log-loss of the rows, each before the update of its batch."""
         count, n_classes = len(rows.labels), len(self.classes_)
-        # Over the mean of all rows: over that of its batch, a row would weigh what the others let.
+        # Normalised over all rows: within a batch, a row's weight would depend on the other rows.
         mean_weight = rows.weights.mean()
         order = self._random.permutation(count)
         log_losses = []
         model.train()
-        # Two rows at least, as batch normalisation refuses to learn from one.
+        # At least two rows, as batch normalisation refuses to train on one.
         for batch in gen_batches(count, self._batch_rows, min_batch_size=min(2, self._batch_rows)):
             part = rows.part(order[batch])
             size = len(part.labels)
@@ -502,8 +506,8 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 )
             one_hot = F.one_hot(torch.from_numpy(part.labels), n_classes).to(logits)
             weight = torch.from_numpy(part.weights / mean_weight)[:, None].to(logits)
-            # Targets that hold the weight of their row are what every loss here makes of weights,
-            # but the smoothing of CrossEntropyLoss would not be weighted.
+            # Scaling its target weights a row in every loss here, but CrossEntropyLoss would not
+            # scale the label smoothing; so the targets are smoothed first.
             target = weight * smooth(one_hot, self._loss.smoothing)
             plain = isinstance(criterion, nn.CrossEntropyLoss)
             loss = F.cross_entropy(logits, target) if plain else criterion(logits, target)
@@ -520,7 +524,7 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             )
         return log_loss.item()
 
-    # Use.
+    # Prediction.
 
     def _log_loss(self, rows: "_Rows", model: nn.Module, device: torch.device) -> float:
         log_proba = link(self.criterion_)(self._logits(rows.X, rows.index, model, device))
@@ -531,7 +535,7 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "model_")
         X = validate_data(self, X, accept_sparse="csr", dtype=self._dtype, reset=False)
         device = torch.device(self.device)
-        # Elsewhere a copy works, so that the classifier does not change by predicting.
+        # On another device a copy predicts, so that prediction does not change the classifier.
         model = self.model_ if device.type == "cpu" else copy.deepcopy(self.model_).to(device)
         logits = self._logits(X, np.arange(X.shape[0]), model, device)
         return link(self.criterion_)(logits)
@@ -546,7 +550,7 @@ class PENEXClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 
 class _Loss(NamedTuple):
-    """A loss by its name, and its one number."""
+    """The name and the one parameter of a loss."""
 
     name: str
     strength: float
@@ -568,12 +572,12 @@ class _Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of X, which is not copied."""
+    """A selection of the rows of X, which is not copied."""
 
     X: Any
     index: NDArray[np.intp]
     labels: NDArray[np.intp]
-    """Indices of classes."""
+    """Class indices."""
     weights: NDArray[np.float64]
 
     def part(self, which: NDArray[np.intp]) -> "_Rows":
@@ -598,7 +602,7 @@ def _weights(sample_weight: ArrayLike | None, count: int) -> NDArray[np.float64]
 
 
 def _perceptron(sizes: list[int], random: np.random.RandomState) -> nn.Sequential:
-    """Linear layers with ReLU between them, drawn as torch draws them but from `random`."""
+    """Linear layers with ReLU between them, initialised as in torch but drawn from `random`."""
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):
         layer = nn.utils.skip_init(nn.Linear, n_in, n_out, dtype=torch.float64)  # type: ignore[no-untyped-call]

@@ -1,9 +1,10 @@
-r"""The losses that the paper sets PENEX against to show what each part of it is for.
+r"""The losses of the paper's ablations, which show the purpose of each part of PENEX.
 
-All of them train on the exponential loss :math:`A = \exp(-\alpha f_y)` and differ in what keeps the
-logits :math:`f \in \mathbb{R}^K` from growing for ever. Below, :math:`p` are the class
-probabilities of one input and :math:`f` is what minimises the expected loss there; :math:`p` must
-be positive in every class, as an exponential loss has no finite minimiser otherwise.
+All of them use the exponential loss :math:`A = \exp(-\alpha f_y)` and differ in what keeps the
+logits :math:`f \in \mathbb{R}^K` from growing without bound. Below, :math:`p` are the class
+probabilities of one input and :math:`f` are the logits that minimise the expected loss there;
+:math:`p` must be positive for every class, as an exponential loss has no finite minimiser
+otherwise.
 
 =======================  ==========================================  ===========================
 loss                     minimiser                                   probabilities
@@ -23,9 +24,9 @@ CONEX is the multi-class exponential loss of Zhu, Zou, Rosset, Hastie, "Multi-cl
 Statistics and Its Interface 2 (2009): :math:`\alpha = 1/(K-1)` under the constraint
 :math:`\sum_j f_j = 0`.
 
-Functions hold the mathematics, modules the state. They take what the comparison gives: logits of
-shape (N, K) and class indices of shape (N); the result is the mean over the batch, 0-d, computed in
-float32, or in float64 if that is the logits' dtype.
+Functions contain the mathematics, modules the state. They take logits of shape (N, K) and class
+indices of shape (N); the result is the mean over the batch, 0-d, computed in float32, or in float64
+if that is the dtype of the logits.
 """
 
 import math
@@ -41,18 +42,18 @@ from penex._links import ProbabilityMixin
 from penex.losses import PENEX
 
 START_SENSITIVITY = 1e-6
-"""Where a schedule of the sensitivity starts, as in the authors' study."""
+"""The initial value of a schedule of the sensitivity, as in the authors' study."""
 _NOTHING = torch.iinfo(torch.int64).min
-"""The class index that is ignored: none."""
+"""An ignored class index that no target has."""
 
 
 def exponential_loss(input: Tensor, target: Tensor, *, sensitivity: float) -> Tensor:
     r"""Exponential loss alone, the mean of :math:`\exp(-\alpha f_y)`.
 
-    It falls for ever as all logits grow, so it has no minimiser and is not Fisher consistent. What
-    can be said is where gradient descent takes logits that start at 0 and are free of each other
-    (derived): gradient flow for a time t gives :math:`e^{\alpha f_j} = 1 + \alpha^2 p_j t`, so
-    softmax(:math:`\alpha f`) tends to :math:`p`.
+    It decreases without end as all logits grow, so it has no minimiser and is not Fisher
+    consistent. The limit of gradient descent is known for logits that start at 0 and are
+    independent of each other (derived): gradient flow for a time t gives
+    :math:`e^{\alpha f_j} = 1 + \alpha^2 p_j t`, so softmax(:math:`\alpha f`) tends to :math:`p`.
 
     Args:
         input: Logits, floating point, shape (N, K).
@@ -60,11 +61,11 @@ def exponential_loss(input: Tensor, target: Tensor, *, sensitivity: float) -> Te
         sensitivity: :math:`\alpha > 0`.
 
     Returns:
-        The mean, 0-d; infinite where float32 cannot hold it.
+        The mean, 0-d; infinite if it overflows float32.
 
     Raises:
         TypeError: `input` is not floating point, or `target` not integer.
-        ValueError: A shape is another one.
+        ValueError: A shape is different.
         IndexError: A class index is out of range.
     """
     check_tensors(input, target)
@@ -83,10 +84,10 @@ def exponential_loss(input: Tensor, target: Tensor, *, sensitivity: float) -> Te
 
 
 def sum_to_zero(input: Tensor) -> Tensor:
-    """The constraint of CONEX, hard: the last logit becomes minus the sum of the others.
+    """The hard constraint of CONEX: the last logit becomes minus the sum of the others.
 
     Args:
-        input: Logits, shape (..., K), of which the last one is not looked at.
+        input: Logits, shape (..., K), of which the last one is ignored.
 
     Returns:
         Logits of the same shape that sum to zero over the last dimension.
@@ -96,17 +97,17 @@ def sum_to_zero(input: Tensor) -> Tensor:
 
 
 def constraint(input: Tensor) -> Tensor:
-    """How far logits (N, K) are from the constraint of CONEX: their sums, shape (N)."""
+    """The violation of CONEX's constraint by logits (N, K): their sums, shape (N)."""
     return _precise(input).sum(1)
 
 
 def squared_penalty(input: Tensor, *, penalty: float) -> Tensor:
-    r"""The textbook's penalty for the constraint :math:`c = \sum_j f_j = 0`.
+    r"""The textbook penalty for the constraint :math:`c = \sum_j f_j = 0`.
 
-    The mean of :math:`\tfrac{\rho}{2} c^2`, quadratic in the logits. (The authors' code squares the
-    mean of squares, which is quartic.) Under it :math:`\alpha p_j e^{-\alpha f_j} = \rho c`, the
-    same for every class, at the minimum: softmax(:math:`\alpha f`) is :math:`p` for every
-    :math:`\rho > 0` (derived).
+    It is the mean of :math:`\tfrac{\rho}{2} c^2`, quadratic in the logits. (The authors' code
+    squares the mean of squares, which is quartic.) At the minimum,
+    :math:`\alpha p_j e^{-\alpha f_j} = \rho c` is the same for every class, so
+    softmax(:math:`\alpha f`) is :math:`p` for every :math:`\rho > 0` (derived).
 
     Args:
         input: Logits, shape (N, K).
@@ -119,10 +120,10 @@ def squared_penalty(input: Tensor, *, penalty: float) -> Tensor:
 
 
 def augmented_lagrangian(input: Tensor, *, multiplier: float | Tensor, penalty: float) -> Tensor:
-    r"""What an augmented Lagrangian adds for the constraint :math:`c = \sum_j f_j = 0`.
+    r"""The augmented Lagrangian terms for the constraint :math:`c = \sum_j f_j = 0`.
 
-    The mean of :math:`\nu c + \tfrac{\rho}{2} c^2`. At the minimum over the logits
-    :math:`\alpha p_j e^{-\alpha f_j} = \nu + \rho c`, the same for every class, so
+    They are the mean of :math:`\nu c + \tfrac{\rho}{2} c^2`. At the minimum over the logits,
+    :math:`\alpha p_j e^{-\alpha f_j} = \nu + \rho c` is the same for every class, so
     softmax(:math:`\alpha f`) is :math:`p` for every :math:`\nu` and :math:`\rho > 0` (derived).
 
     Args:
@@ -137,13 +138,13 @@ def augmented_lagrangian(input: Tensor, *, multiplier: float | Tensor, penalty: 
 
 
 def logsumexp_penalty(input: Tensor, *, penalty: float) -> Tensor:
-    r"""The mean of :math:`\rho \log \sum_j \exp f_j`, in the place of PENEX's SumExp.
+    r"""The mean of :math:`\rho \log \sum_j \exp f_j`, which replaces PENEX's SumExp.
 
     With the exponential loss it is minimised by
-    :math:`f_j = \frac{\log p_j}{1+\alpha} + \frac1\alpha \log \frac{\alpha T}{\rho}`,
-    :math:`T = \sum_k p_k^{1/(1+\alpha)}` (derived): softmax(:math:`(1+\alpha) f`) is :math:`p` for
-    every :math:`\rho`, as with SumExp, but the loss couples the classes, and the constant, of order
-    :math:`\log(\alpha/\rho)/\alpha`, runs far out for a small :math:`\alpha`.
+    :math:`f_j = \frac{\log p_j}{1+\alpha} + \frac1\alpha \log \frac{\alpha T}{\rho}`, where
+    :math:`T = \sum_k p_k^{1/(1+\alpha)}` (derived). So softmax(:math:`(1+\alpha) f`) is :math:`p`
+    for every :math:`\rho`, as with SumExp, but the loss couples the classes, and the constant, of
+    order :math:`\log(\alpha/\rho)/\alpha`, is large for a small :math:`\alpha`.
 
     Args:
         input: Logits, shape (N, K).
@@ -159,9 +160,9 @@ def linear_penalty(input: Tensor, *, penalty: float) -> Tensor:
     r"""The mean of :math:`\tfrac{\rho}{K} \sum_j f_j`: CONEX's Lagrangian with a fixed multiplier.
 
     With the exponential loss it is minimised by :math:`f_j = \log(\alpha K p_j / \rho) / \alpha`
-    (derived), so softmax(:math:`\alpha f`) is :math:`p` for every :math:`\rho`. Where a class has
-    probability zero, and so on any finite sample with a network large enough, it is unbounded
-    below.
+    (derived), so softmax(:math:`\alpha f`) is :math:`p` for every :math:`\rho`. If a class has
+    probability zero, and therefore on any finite sample with a large enough network, the loss is
+    unbounded below.
 
     Args:
         input: Logits, shape (N, K).
@@ -179,8 +180,8 @@ def scheduled_sensitivity(
     r"""The sensitivity of a training step: `start` at the first, exactly `target` at the last.
 
     Args:
-        step: How many steps are done, >= 0; beyond the run it stays at `target`.
-        steps: Of the run, >= 1. A run of one step has the target throughout.
+        step: Number of steps done, >= 0; after the run, the sensitivity stays at `target`.
+        steps: Number of steps of the run, >= 1. A run of one step uses `target` throughout.
         start: :math:`\alpha > 0` of the first step.
         target: :math:`\alpha > 0` of the last step.
         shape: ``"linear"``, or ``"cosine"``: half a period, flat at both ends.
@@ -203,7 +204,7 @@ class ExponentialLoss(ProbabilityMixin, nn.Module):
     softmax(:math:`\alpha f`).
 
     Args:
-        sensitivity: As there.
+        sensitivity: As in :func:`exponential_loss`.
     """
 
     def __init__(self, sensitivity: float) -> None:
@@ -268,8 +269,8 @@ class LinearPenaltyLoss(_Penalized):
 
     Args:
         sensitivity: As in :func:`exponential_loss`.
-        penalty: As in :func:`linear_penalty`. None: :math:`\alpha`, with which logits of 0, the
-            uniform prediction, neither rise nor fall together.
+        penalty: As in :func:`linear_penalty`. None: :math:`\alpha`, for which the sum of the logits
+            is stationary at logits of 0, the uniform prediction.
     """
 
     def __init__(self, sensitivity: float, penalty: float | None = None) -> None:
@@ -280,17 +281,18 @@ class LinearPenaltyLoss(_Penalized):
 
 
 class AugmentedLagrangianLoss(_Penalized):
-    r"""CONEX with :func:`augmented_lagrangian`, and the multiplier that goes with it.
+    r"""CONEX with :func:`augmented_lagrangian`, including the updates of its multiplier.
 
-    After every epoch the dual step of the textbook, :math:`\nu \leftarrow \nu + \rho\, \bar c`,
-    with the mean of the constraint over the rows seen in training since the last one. (In the
-    authors' code the step is taken after every batch and divided by a second hyperparameter.) The
-    multiplier starts at 0. It and the sums for the next step are buffers. Under several ranks each
-    has its own multiplier, whose average is what their averaged gradients follow.
+    After every epoch it takes the textbook's dual step, :math:`\nu \leftarrow \nu + \rho\, \bar c`,
+    where :math:`\bar c` is the mean of the constraint over the rows seen in training since the last
+    step. (The authors' code takes the step after every batch and divides it by a second
+    hyperparameter.) The multiplier starts at 0. It and the sums for the next step are buffers. With
+    several ranks, each has its own multiplier; their averaged gradients correspond to the average
+    of the multipliers.
 
     Args:
         sensitivity: As in :func:`exponential_loss`.
-        penalty: :math:`\rho`, of the penalty and of the dual step.
+        penalty: :math:`\rho`, the strength of the penalty and the size of the dual step.
     """
 
     multiplier: Tensor
@@ -311,26 +313,26 @@ class AugmentedLagrangianLoss(_Penalized):
         )
 
     def after_epoch(self) -> None:
-        """The dual step; nothing if no row was seen."""
+        """Take the dual step; it changes nothing if no row was seen."""
         self.multiplier += self.penalty * self.total / self.rows.clamp(min=1)
         self.total.zero_()
         self.rows.zero_()
 
 
 class ScheduledPENEX(PENEX):
-    r"""PENEX whose sensitivity grows during training, by :func:`scheduled_sensitivity`.
+    r"""PENEX whose sensitivity grows during training, as in :func:`scheduled_sensitivity`.
 
-    The last step is taken at the target, so the probabilities are softmax(:math:`(1+\alpha) f`)
-    with :math:`\alpha` the target. (In the authors' code every step scales the value that the one
-    before left, which ends at 1e-6 after two of them.)
+    The last step uses the target, so the probabilities are softmax(:math:`(1+\alpha) f`) with
+    :math:`\alpha` equal to the target. (In the authors' code, every step scales the result of the
+    step before, which reaches 1e-6 after two steps.)
 
     The number of steps done is the buffer ``step``.
 
     Args:
-        target: As in :func:`scheduled_sensitivity`, like the other arguments.
-        steps: As there.
-        start: As there.
-        shape: As there.
+        target: As in :func:`scheduled_sensitivity`.
+        steps: As in :func:`scheduled_sensitivity`.
+        start: As in :func:`scheduled_sensitivity`.
+        shape: As in :func:`scheduled_sensitivity`.
     """
 
     step: Tensor
@@ -349,7 +351,7 @@ class ScheduledPENEX(PENEX):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # The schedule first: the running penalty belongs to the sensitivity of that step.
+        # The schedule is loaded first: the running penalty belongs to the sensitivity at that step.
         if prefix + "step" in state_dict:
             self._set(int(state_dict[prefix + "step"]))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -362,7 +364,7 @@ class ScheduledPENEX(PENEX):
         return _links.penex(logits, self.target)
 
     def _set(self, done: int) -> None:
-        self.done = done  # beside the buffer, as reading that from a GPU waits for it
+        self.done = done  # in addition to the buffer, as reading that from a GPU synchronises
         self.step.fill_(done)
         self.sensitivity = scheduled_sensitivity(
             done, steps=self.steps, start=self.start, target=self.target, shape=self.shape
@@ -373,5 +375,5 @@ class ScheduledPENEX(PENEX):
 
 
 def _precise(input: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Convert to float32, unless the dtype is float64."""
     return input if input.dtype == torch.float64 else input.float()

@@ -34,13 +34,8 @@ from numpy.typing import NDArray
 from penex._extras import need
 from penex.compare.analysis.robustness import FILE, NORMS, final, read
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import (
-    lock,
-    read_comparison,
-    report_full_disk,
-    run_folder,
-    write_json,
-)
+from penex.compare.files import write_json
+from penex.compare.output_folder import lock, read_comparison, report_full_disk, run_folder
 from penex.compare.training.selection import LAST, in_sentence
 
 if TYPE_CHECKING:
@@ -92,6 +87,7 @@ def attack(
     radii: Mapping[str, Sequence[float]] = RADII,
     rows: int = ROWS,
     steps: Mapping[str, int] = STEPS,
+    data: str | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Attack the selected and the last epoch of every finished run, and write robustness.json.
@@ -103,6 +99,7 @@ def attack(
         radii: By norm, "linf" and "l2".
         rows: So many test rows are attacked, the same ones for every loss at a seed; all if fewer.
         steps: Of each attack, in this order; one that is not named is not made.
+        data: Where the data are now, if not where the folder says.
         say: Is given a line for every finished checkpoint.
 
     Raises:
@@ -122,7 +119,7 @@ def attack(
     ]
     if not runs:
         raise CompareError(f"{folder} has no finished run yet; run penex compare first")
-    source = Source(folder)
+    source = Source(folder, data)
     with lock(folder), report_full_disk(folder):
         records = read(folder)
         if records and records[0]["asked"] != rows:

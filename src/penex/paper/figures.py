@@ -21,13 +21,14 @@ from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 
 from penex.compare.analysis import plots
-from penex.compare.analysis.plots import INK, STYLE, Comparison, Floats, LossResults
+from penex.compare.analysis.plots import INK, STYLE, Comparison, Floats, LossResults, save_figure
 from penex.compare.analysis.robustness import NORMS, read
-from penex.compare.analysis.summary import curves, predictions
+from penex.compare.analysis.summary import predictions
 from penex.compare.config import Config
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_logits, run_folder
-from penex.compare.registry import LOSSES, REFERENCE, contender
+from penex.compare.finished_runs import read_curve, read_logits
+from penex.compare.output_folder import run_folder
+from penex.compare.registry import LOSSES, REFERENCE, parse_loss
 from penex.compare.training.selection import LAST, SELECTIONS
 from penex.metrics import METRICS
 
@@ -80,10 +81,8 @@ def draw(name: str, comparisons: Sequence[Comparison]) -> Figure:
 def save(name: str, comparisons: Sequence[Comparison], path: Path) -> None:
     """Draw a figure into `path`, whose ending is one of :data:`FORMATS`. Raises as :func:`draw`."""
     figure = draw(name, comparisons)
-    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
     with style(name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=200, metadata=undated)
+        save_figure(figure, path)
 
 
 def style(name: str) -> Any:
@@ -133,7 +132,9 @@ def gradient_norm(comparisons: Sequence[Comparison]) -> Figure:
     for one, axes in _filled(swept, panels):
 
         def norm(spec: str, epoch: str, one: Comparison = one) -> dict[str, Any]:
-            columns = [curves(one.folder, spec, run["seed"]) for run in one.finished(spec)]
+            columns = [
+                read_curve(run_folder(one.folder, spec, run["seed"])) for run in one.finished(spec)
+            ]
             if any("gradient_norm" not in column for column in columns):
                 raise NothingToShowError("curve.csv has no column gradient_norm")
             norms = [float(column["gradient_norm"].mean()) for column in columns]
@@ -199,7 +200,7 @@ def _sweep(one: Comparison, name: str) -> dict[float, str]:
     found = {
         loss["value"]: loss["spec"]
         for loss in one.results["losses"]
-        if loss["runs"] and contender(loss["spec"]).loss.name == name
+        if loss["runs"] and parse_loss(loss["spec"]).loss.name == name
     }
     return {value: found[value] for value in sorted(found)}
 
@@ -438,7 +439,7 @@ def _one_per_loss(loss_results: Sequence[LossResults]) -> list[LossResults]:
     """The first of every loss, where the same is in a comparison at several strengths."""
     first: dict[str, LossResults] = {}
     for one in loss_results:
-        first.setdefault(contender(one.spec).loss.name, one)
+        first.setdefault(parse_loss(one.spec).loss.name, one)
     return list(first.values())
 
 

@@ -1,8 +1,9 @@
-"""The experiments of the paper, as facts: what was trained on what, how, and what came out.
+"""The experiments of the paper: their data, settings and published results.
 
-A preset is a YAML file in the folder ``presets``. Each of its experiments is a comparison, whose
-settings come from four places, the first that has them: the experiment, the data set it is `like`,
-the settings of all experiments, and the defaults of :class:`~penex.compare.config.Config`.
+A preset is a YAML file in the folder ``presets``. Each of its experiments is a comparison. A
+setting is taken from the first of four places that has it: the experiment, the data set it is
+`like`, the settings of all experiments, and the defaults of
+:class:`~penex.compare.config.Config`.
 """
 
 import math
@@ -22,7 +23,7 @@ NAMES = (
     *("pathmnist", "imagenet", "bbc-news", "tabular", "two-gaussians", "ablations", "sensitivity"),
     *("calibration", "robustness", "runtime"),
 )
-"""Of the presets."""
+"""Names of the presets."""
 _FOLDER = files("penex.paper") / "presets"
 
 
@@ -33,10 +34,10 @@ class Published(BaseModel):
 
     experiment: str
     loss: str
-    """As in the experiment's losses."""
+    """The loss, as written in the experiment's losses."""
     selection: Literal["nll", "last"]
     scaling: Literal["link", "softmax"] = "softmax"
-    """Of its probabilities: the authors score PENEX by its link, all other losses by softmax."""
+    """The source of the probabilities: the authors use the link for PENEX, softmax otherwise."""
     value: float
     source: str
 
@@ -48,30 +49,30 @@ class PublishedCurves(BaseModel):
 
     experiment: str
     file: str
-    """CSV, beside the preset: the epoch, from 1, and a column for each loss, called as there."""
+    """A CSV file next to the preset, with the epoch, from 1, and a column named after each loss."""
     link: tuple[str, ...]
-    """The losses that were scored by their link; the others by plain softmax."""
+    """The losses whose probabilities are those of the link; for the others, of plain softmax."""
     source: str
 
 
 class Preset(BaseModel):
-    """Facts of one or several experiments."""
+    """Description of one or several experiments."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     paper: str
-    """Where the paper has it."""
+    """The place in the paper."""
     experiments: dict[str, dict[str, Any]]
-    """By name: `like`, a data set of the defaults; and settings that override its own."""
+    """By name: `like`, a data set of the defaults, and settings that override those of `like`."""
     figures: tuple[str, ...]
     published: tuple[Published, ...] = ()
     curves: PublishedCurves | None = None
-    """Of one of the experiments, if there are any."""
+    """Published curves of one of the experiments, if there are any."""
     deviations: tuple[str, ...] = ()
-    """How it differs from the paper, and why."""
+    """Differences from the paper, with reasons."""
     smoke: dict[str, Any]
-    """Settings that make every experiment a matter of seconds; of the losses, which to keep."""
+    """Settings with which every experiment takes seconds; `losses` lists the losses to keep."""
 
     @model_validator(mode="after")
     def _published_of_its_experiments(self) -> "Preset":
@@ -89,13 +90,13 @@ class Preset(BaseModel):
     def configs(
         self, *, smoke: bool = False, losses: Sequence[str] | None = None, **overrides: Any
     ) -> dict[str, Config]:
-        """The comparison that each experiment is.
+        """The configuration of each experiment's comparison.
 
         Args:
-            smoke: On a slice of the data, in seconds.
-            losses: Of each experiment's losses only these, as there or without hyperparameter; an
-                experiment that has none of them is left out. None: all.
-            overrides: Settings of all experiments, in the place of theirs, where not None.
+            smoke: Whether to use a slice of the data, so that an experiment takes seconds.
+            losses: The losses to keep of each experiment, as written there or without their
+                hyperparameter; an experiment that has none of them is left out. None: all.
+            overrides: Settings that replace those of all experiments, unless None.
 
         Raises:
             CompareError: No experiment has one of `losses`.
@@ -125,16 +126,16 @@ class Preset(BaseModel):
         return configs
 
     def training_rows(self, name: str) -> int:
-        """How many rows an experiment trains on, without loading them."""
+        """The number of training rows of an experiment, without loading the data."""
         settings = self._settings(name)
         return int(settings.get("train_size") or settings["rows"])
 
     def steps(self, name: str, config: Config) -> int:
-        """Optimiser steps of all runs of an experiment, tuning included.
+        """The number of optimiser steps of all runs of an experiment, tuning included.
 
         Args:
-            name: Of the experiment.
-            config: Of it, from :meth:`configs`.
+            name: The name of the experiment.
+            config: Its configuration, from :meth:`configs`.
         """
         rows = config.train_size or self.training_rows(name)
         batches = math.ceil(rows / config.batch_size)
@@ -148,7 +149,7 @@ class Preset(BaseModel):
 
 
 def _selected(specs: Sequence[str], names: Sequence[str] | None) -> list[str]:
-    """Those of `specs` that are named, with their hyperparameter or without."""
+    """The elements of `specs` that `names` contains, with or without their hyperparameter."""
     if names is None:
         return list(specs)
     return [spec for spec in specs if spec in names or spec.partition("=")[0] in names]
@@ -159,7 +160,7 @@ def preset(name: str) -> Preset:
     """The preset called `name`.
 
     Raises:
-        CompareError: There is none.
+        CompareError: There is no such preset.
     """
     if name not in NAMES:
         raise CompareError(

@@ -1,4 +1,4 @@
-"""Published curves of validation NLL beside ours: a figure of them, and how far they are apart."""
+"""Published curves of validation NLL compared with ours: a figure, and their distances."""
 
 from dataclasses import dataclass
 from importlib.resources import files
@@ -10,27 +10,27 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from penex.compare.analysis import plots
-from penex.compare.analysis.plots import Floats
+from penex.compare.analysis.plots import Floats, save_figure
 from penex.compare.config import Config
 from penex.compare.output_folder import run_folder, unfinished_curves
-from penex.compare.registry import contender
+from penex.compare.registry import parse_loss
 from penex.paper import figures
 from penex.paper.presets import PublishedCurves
 
 FIRST = 20
-"""The epoch from which on curves are compared: earlier, they fall too steeply."""
+"""The first epoch at which curves are compared: before, they fall too steeply."""
 LINK, SOFTMAX = "validation_nll", "validation_softmax_nll"
 """Columns of curve.csv."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation NLL of a loss by epoch, from the first on.
+    """Validation NLL of a loss by epoch, starting with epoch 1.
 
     Attributes:
-        spec: As in the configuration.
-        ours: (epochs,) mean over the seeds, as far as all of them have come.
-        published: (epochs,) as far as it was published; empty if it was not.
+        spec: The loss, as written in the configuration.
+        ours: (epochs,) mean over the seeds, up to the last epoch that all of them have reached.
+        published: (epochs,) the published curve; empty if there is none.
     """
 
     spec: str
@@ -39,14 +39,14 @@ class Curve:
 
     @property
     def last(self) -> int:
-        """The last epoch of both."""
+        """The last epoch that both curves have."""
         return min(len(self.ours), len(self.published))
 
     @property
     def distance(self) -> float | None:
         """Root mean square of the difference from epoch :data:`FIRST` on.
 
-        None if no such epoch is done, or NLL is not finite.
+        None if there is no such epoch, or the NLL is not finite.
         """
         epochs = slice(FIRST - 1, self.last)
         squares = (self.ours[epochs] - self.published[epochs]) ** 2
@@ -56,7 +56,7 @@ class Curve:
 
 
 def gather(published: PublishedCurves, config: Config, folder: Path) -> list[Curve]:
-    """Published curves and those of the runs in `folder`, finished or not, by loss.
+    """Collect published curves and those of the runs in `folder`, finished or not, by loss.
 
     Losses without a run are left out.
     """
@@ -83,19 +83,19 @@ def _ours(folder: Path, spec: str, seeds: int, column: str) -> Floats:
 
 
 def draw(curves: list[Curve]) -> Figure:
-    """Our curves solid, published ones dotted, to be saved within the style of the figures."""
+    """Draw our curves solid and published ones dotted; save the figure in the figures' style."""
     figure = Figure(figsize=figures.LARGE, layout="constrained")
     axes = figure.subplots()
     looks = plots.line_styles(curve.spec for curve in curves)
     for curve in curves:
-        colour, label = looks[curve.spec].colour, contender(curve.spec).label
+        colour, label = looks[curve.spec].colour, parse_loss(curve.spec).label
         for values, line, name in ((curve.ours, "-", label), (curve.published, ":", None)):
             epochs = np.arange(len(values)) + 1
             axes.plot(epochs, values, line, color=colour, label=name, linewidth=1.4)
     axes.plot([], [], ":", color=plots.INK, label="Published")
     later = np.concatenate([v[FIRST - 1 :] for c in curves for v in (c.ours, c.published)])
     later = later[np.isfinite(later)]
-    if len(later):  # else the first epochs would leave little room for what differs
+    if len(later):  # otherwise the steep first epochs would leave little room for the differences
         margin = 0.05 * np.ptp(later)
         axes.set_ylim(later.min() - margin, later.max() + margin)
     axes.set(xlabel="Epoch", ylabel="NLL on validation rows")
@@ -104,22 +104,22 @@ def draw(curves: list[Curve]) -> Figure:
 
 
 def write(published: PublishedCurves, config: Config, folder: Path, file: Path) -> dict[str, Any]:
-    """Draw `file`, and say how far the curves are apart.
+    """Draw the curves to `file`, and return their distances.
 
     Args:
-        published: Of the preset.
-        config: Of the experiment.
-        folder: Of its comparison.
-        file: Of the figure, as in :func:`penex.paper.figures.save`.
+        published: The published curves of the preset.
+        config: The configuration of the experiment.
+        folder: The folder of its comparison.
+        file: The file of the figure, as in :func:`penex.paper.figures.save`.
 
     Returns:
-        The source of the published curves, and for each of them with a run of ours "loss", "rms"
-        and the epochs "first" to "last" that it is of; rms is None before epoch :data:`FIRST`.
+        The source of the published curves and, for each of them with a run of ours, "loss", "rms"
+        and the epochs "first" to "last" over which rms is computed; rms is None before epoch
+        :data:`FIRST`.
     """
     curves = gather(published, config, folder)
     with figures.style("published"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draw(curves).savefig(file, dpi=200)
+        save_figure(draw(curves), file)
     return {
         "source": published.source,
         "distances": [

@@ -1,11 +1,12 @@
-"""A preset from facts to figures: its comparisons, its report, and its numbers beside the paper's.
+"""The reproduction of a preset: its comparisons, its report, and a comparison with the paper.
 
-out/
-<experiment>/        a comparison's folder, for each experiment, with published.json
-figures/             the preset's figures, and its published curves beside ours
-reproduction.json    what was reproduced, and where it differs from the paper
-report.html ...      of several experiments together
-data/                what --smoke made up, where no data was given
+Files in the output folder:
+
+<experiment>/        the folder of each experiment's comparison, with published.json
+figures/             the preset's figures, and its published curves with ours
+reproduction.json    what was reproduced, and the differences from the paper
+report.html ...      the joint report of several experiments
+data/                random data, written by --smoke if no data is given
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from typing import Any
 from penex.compare.analysis import plots, report
 from penex.compare.config import Config, Execution
 from penex.compare.display import Display
-from penex.compare.output_folder import read_comparison, report_full_disk, write_json
+from penex.compare.files import write_json
+from penex.compare.output_folder import read_comparison, report_full_disk
 from penex.compare.runner import compare
 from penex.compare.training.distributed import is_rank_zero
 from penex.paper import figures, published
@@ -30,7 +32,7 @@ TRIAL: dict[str, Any] = {
     "rows": 8,
     "steps": dict.fromkeys(STEPS, 3),
 }
-"""How --smoke attacks."""
+"""Settings of attacks with --smoke."""
 
 
 def reproduce(
@@ -43,23 +45,23 @@ def reproduce(
     execution: Execution,
     display: Display,
 ) -> dict[str, dict[str, Any]]:
-    """Run what is missing of a preset in `folder`, and report what is there.
+    """Execute the missing runs of a preset in `folder`, and write its report and figures.
 
     Args:
-        name: Of the preset.
-        configs: Its experiments, of :meth:`~penex.paper.presets.Preset.configs`.
-        folder: New, or of the same preset and settings.
-        smoke: Whether missing data may be made up, and attacks be short.
-        data_dir: A folder with the files of the data set, or with a folder of them by the data
-            set's name.
-        execution: Where, and how many runs at a time.
+        name: The name of the preset.
+        configs: Its experiments, from :meth:`~penex.paper.presets.Preset.configs`.
+        folder: The output folder, new or of the same preset and settings.
+        smoke: Whether to replace missing data by random data, and shorten attacks.
+        data_dir: A folder with the files of the data set, or with a subfolder for them named after
+            the data set.
+        execution: Where to run, and how many runs at a time.
         display: Where progress is shown.
 
     Returns:
-        The content of results.json by experiment; nothing on a process that does not lead.
+        The content of results.json by experiment; empty on processes other than that of rank zero.
 
     Raises:
-        CompareError: As :func:`~penex.compare.runner.compare`. What was finished stays, and the
+        CompareError: As in :func:`~penex.compare.runner.compare`. Finished runs are kept, and the
             same call continues.
     """
     facts = preset(name)
@@ -70,7 +72,7 @@ def reproduce(
     if not is_rank_zero():
         return {}
     comparisons = {}
-    # Those of an earlier call with other losses are still part of the reproduction.
+    # Experiments of earlier calls with other losses are still part of the reproduction.
     folders = {
         experiment: folder / experiment
         for experiment in facts.experiments
@@ -104,7 +106,7 @@ def reproduce(
 
 
 def _data_folder(config: Config, folder: Path, data_dir: Path | None, smoke: bool) -> Path | None:
-    """Where the files of the data set are; None: where they are by themselves."""
+    """The folder with the files of the data set; None: they are found or downloaded as usual."""
     if config.data not in SAMPLES:
         return None
     name = config.data.rpartition("/")[2]
@@ -116,9 +118,9 @@ def _data_folder(config: Config, folder: Path, data_dir: Path | None, smoke: boo
             return data_dir
     if not smoke:
         return None
-    made_up = folder / "data" / name
-    sample(config.data, made_up)
-    return made_up
+    synthetic = folder / "data" / name
+    sample(config.data, synthetic)
+    return synthetic
 
 
 def _published(facts: Preset, experiment: str, config: Config) -> list[dict[str, Any]]:
@@ -138,9 +140,9 @@ def _published(facts: Preset, experiment: str, config: Config) -> list[dict[str,
 
 
 def _curves(facts: Preset, configs: dict[str, Config], folder: Path) -> dict[str, Any] | None:
-    """Draw the published curves beside ours, and say how far they are apart; None: there are none.
+    """Draw the published curves with ours, and return their distances; None without curves.
 
-    The file of the figure is under "figure", the rest as of :func:`penex.paper.published.write`.
+    The file of the figure is under "figure", the rest as in :func:`penex.paper.published.write`.
     """
     curves = facts.curves
     if curves is None or curves.experiment not in configs:
@@ -152,7 +154,7 @@ def _curves(facts: Preset, configs: dict[str, Config], folder: Path) -> dict[str
 
 
 def _figures(facts: Preset, comparisons: Sequence[plots.Comparison], into: Path) -> dict[str, str]:
-    """Draw the preset's figures; by name the file, or why there is none."""
+    """Draw the preset's figures; for each name, the file or the reason why there is none."""
     drawn = {}
     for name in facts.figures:
         try:

@@ -1,4 +1,4 @@
-"""Random data in the layout of the real data sets, so that a preset can be tried without them."""
+"""Random data in the format of the real data sets, to try a preset without them."""
 
 import shutil
 import uuid
@@ -21,11 +21,11 @@ PARTIAL = ".partial-"
 
 
 def sample(data: str, folder: Path) -> None:
-    """Write a sample of what `data` names into `folder`, in the layout of its source.
+    """Write random data in the format of the data set `data` into `folder`.
 
     Args:
-        data: One of :data:`SAMPLES`.
-        folder: For `data_dir`; if it is there already, it stays.
+        data: A key of :data:`SAMPLES`.
+        folder: The folder to use as `data_dir`; an existing folder is left unchanged.
     """
     if folder.exists():
         return
@@ -39,22 +39,22 @@ def sample(data: str, folder: Path) -> None:
 
 
 def _cifar10(folder: Path) -> None:
-    _pictures(folder, "img", "label", 10, 32, {"train": 600, "test": 60})
+    _images(folder, "img", "label", 10, 32, {"train": 600, "test": 60})
 
 
 def _cifar100(folder: Path) -> None:
-    _pictures(folder, "img", "fine_label", 100, 32, {"train": 600, "test": 200})
+    _images(folder, "img", "fine_label", 100, 32, {"train": 600, "test": 200})
 
 
 def _imagenet(folder: Path) -> None:
-    _pictures(folder, "image", "label", 4, 40, {"train": 60, "validation": 20, "test": 4})
+    _images(folder, "image", "label", 4, 40, {"train": 60, "validation": 20, "test": 4})
 
 
-def _pictures(
+def _images(
     folder: Path, column: str, target: str, classes: int, size: int, parts: dict[str, int]
 ) -> None:
-    """Noise whose brightness goes with the class, as PNG in Parquet; as on the hub."""
-    need("--smoke on pictures", "data", "datasets", "PIL")
+    """Write noise whose brightness depends on the class, as PNG in Parquet, as on the hub."""
+    need("--smoke on images", "data", "datasets", "PIL")
     from datasets import ClassLabel, Features, Image
 
     names = [f"class {k}" for k in range(classes)]
@@ -105,7 +105,7 @@ def _sonar(folder: Path) -> None:
 def _noise(
     rows: int, classes: int, size: int, number: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Pictures (rows, size, size, 3) and labels, every class as often as the others."""
+    """Images (rows, size, size, 3) and labels, all classes equally often."""
     rng = np.random.default_rng([SEED, number])
     labels = np.arange(rows) % classes
     noise = rng.integers(128, size=(rows, size, size, 3))
@@ -135,4 +135,4 @@ SAMPLES: dict[str, Callable[[Path], None]] = {
     "pathmnist": _pathmnist,
     "sonar": _sonar,
 }
-"""By the names of data that has to be downloaded, as in the configuration."""
+"""Functions that write random data, by the name of the data set in configurations."""

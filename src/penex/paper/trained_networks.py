@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from penex.compare.config import Config
 from penex.compare.data.dataset import Dataset
 from penex.compare.data.images import Images
-from penex.compare.data.load import load
 from penex.compare.data.split import Split, split
 from penex.compare.errors import CompareError
+from penex.compare.finished_runs import read_record
 from penex.compare.models.choose import resolve
 from penex.compare.models.files import read_network
 from penex.compare.models.networks import Normalise
-from penex.compare.output_folder import checkpoint_file, read_comparison, read_json, run_folder
-from penex.compare.registry import contender
+from penex.compare.output_folder import checkpoint_file, load_data, run_folder
+from penex.compare.registry import parse_loss
 from penex.paper.attacks import Target
 
 Floats = NDArray[np.float64]
@@ -34,22 +34,18 @@ class Source:
     """The data and the networks of a finished comparison.
 
     Args:
-        folder: An output folder, whose data are read again from where they were.
+        folder: An output folder, whose data are read again.
+        data: Where they are; None: where the folder says, from the working directory.
 
     Raises:
         CompareError: They are not there any more, or have changed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, data: str | None = None) -> None:
         self.folder = folder
         self.config: Config
-        self.config, described = read_comparison(folder)
-        self.dataset: Dataset = load(self.config)
-        if self.dataset.fingerprint != described["fingerprint"]:
-            raise CompareError(
-                f"{self.config.data} has changed since {folder} was made: the content is "
-                f"{self.dataset.fingerprint[:8]}, was {described['fingerprint'][:8]}"
-            )
+        self.dataset: Dataset
+        self.config, self.dataset = load_data(folder, data)
         self._split: tuple[int, Split] | None = None
 
     @cached_property
@@ -109,7 +105,7 @@ def load_model(
     )
     with torch.random.fork_rng():  # fresh weights are drawn, and then replaced
         model, _ = architecture.build(source.split(seed).train[0], len(source.dataset.classes))
-    record = read_json(folder / "run.json")
+    record = read_record(folder)
     selected = record["epochs"].get(epoch)
     if selected is None:
         raise CompareError(f"{folder} has no network for the selection {epoch!r}: the run diverged")
@@ -120,7 +116,7 @@ def load_model(
         raise CompareError(
             f"{path} is of another network; remove {folder} and run the comparison again"
         ) from error
-    loss = contender(spec).loss
+    loss = parse_loss(spec).loss
     constrain = loss.constrain
     if constrain is not None:
         model = nn.Sequential(model, _Function(constrain))
@@ -194,7 +190,7 @@ def plane(folder: Path, specs: Sequence[str], *, points: int = 400) -> Plane | N
         def logits(rows: NDArray[np.float32], model: Any = model, device: Any = device) -> Floats:
             return np.asarray(model(torch.from_numpy(rows).to(device)).double().cpu())
 
-        found[contender(spec).label] = logits
+        found[parse_loss(spec).label] = logits
     machine = SVC(decision_function_shape="ovr").fit(features, target)
 
     def decision(rows: NDArray[np.float32]) -> Floats:

@@ -1,4 +1,4 @@
-"""Leaderboards against scipy, scikit-posthocs and loops over their definitions."""
+"""Leaderboards against scipy, scikit-posthocs and their definitions written as loops."""
 
 import io
 
@@ -56,7 +56,7 @@ def test_direction() -> None:
     pd.testing.assert_frame_equal(up.win_low, down.win_low)
 
 
-def test_settings_of_a_data_set_are_no_further_evidence() -> None:
+def test_settings_of_one_data_set_add_no_evidence() -> None:
     """Ten copies of every data set in its block change no test and no interval."""
     once = leaderboard(results(), higher_is_better=False)
     copies = [results().assign(data_set=lambda x, i=i: x["data_set"] + f" {i}") for i in range(10)]

@@ -1,4 +1,4 @@
-"""The report shows what was saved, and stands alone."""
+"""The report shows the saved results and is self-contained."""
 
 import html
 import json
@@ -21,7 +21,9 @@ from penex import cli
 from penex.compare.analysis import plots, report, tables, verdict
 from penex.compare.analysis.summary import SCALINGS
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json, read_logits, run_folder, write_json
+from penex.compare.files import read_json, write_json
+from penex.compare.finished_runs import read_logits
+from penex.compare.output_folder import run_folder
 from penex.compare.training.selection import SELECTIONS
 from penex.metrics import METRICS, ece
 
@@ -147,7 +149,7 @@ def test_of_real_training(finished: Path, tmp_path: Path) -> None:
     assert all(f"{loss['label']} " in [row[0] for row in page.rows] for loss in results["losses"])
 
 
-def test_stands_alone(shown: tuple[dict[str, Any], Page]) -> None:
+def test_the_report_is_self_contained(shown: tuple[dict[str, Any], Page]) -> None:
     _, page = shown
     assert not {"script", "link", "img", "iframe", "object", "base", "form"} & set(page.tags)
     for name, value in page.attributes:
@@ -160,7 +162,7 @@ def test_stands_alone(shown: tuple[dict[str, Any], Page]) -> None:
     assert "@import" not in page.source
 
 
-def test_ids_are_unique_and_links_lead_to_them(shown: tuple[dict[str, Any], Page]) -> None:
+def test_ids_are_unique_and_links_resolve(shown: tuple[dict[str, Any], Page]) -> None:
     _, page = shown
     links = re.findall(r"(?:href=\"|url\()#([^\")]+)", page.source)
     assert len(links) > 20
@@ -193,7 +195,7 @@ def test_it_begins_with_the_recommendation(folder: Path) -> None:
     assert "1.0; 2.13.0" in page.text
 
 
-def test_tables_show_what_results_json_holds(shown: tuple[dict[str, Any], Page]) -> None:
+def test_tables_show_the_content_of_results_json(shown: tuple[dict[str, Any], Page]) -> None:
     results, page = shown
     lines = iter(page.rows)
     title = [f"{name} " for name in ("Loss", *tables.header())]
@@ -267,7 +269,7 @@ def test_names_from_the_data_are_escaped(folder: Path) -> None:
     assert second.startswith("% ")
 
 
-def test_rebuilding_changes_no_byte(folder: Path) -> None:
+def test_rebuilding_is_byte_identical(folder: Path) -> None:
     names = ("results.json", "table.tex", "report.html")
     written(folder)
     before = [(folder / name).read_bytes() for name in names]
@@ -389,7 +391,7 @@ def entry(**values: Any) -> dict[str, Any]:
     return told | values
 
 
-def test_published_values_stand_beside_ours(folder: Path) -> None:
+def test_published_values_are_shown_with_ours(folder: Path) -> None:
     publish(
         folder,
         entry(),
@@ -431,12 +433,12 @@ def test_published_values_stand_beside_ours(folder: Path) -> None:
     ],
     ids=str,
 )
-def test_published_values_that_are_not_understood(folder: Path, wrong: dict[str, Any]) -> None:
+def test_invalid_published_values_are_refused(folder: Path, wrong: dict[str, Any]) -> None:
     if "loss" in wrong:
         publish(folder, {"metric": "nll"})
     else:
         publish(folder, entry(**wrong))
-    with pytest.raises(CompareError, match=r"published\.json: an entry is not understood"):
+    with pytest.raises(CompareError, match=r"published\.json: an entry is invalid"):
         written(folder)
 
 
@@ -555,7 +557,7 @@ def test_evidence_is_pooled_from_the_saved_logits(folder: Path) -> None:
     assert one.selected == [(8, pytest.approx(score)) for score in scores]
 
 
-def test_colours_stay_with_their_loss(folder: Path, tmp_path: Path) -> None:
+def test_each_loss_keeps_its_colour(folder: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "other", drawn(("penex", "focal", "penex=0.5"), seeds=1))
     three, more = ({e.spec: e for e in plots.read(each).loss_results} for each in (folder, other))
     assert three["penex"].colour == more["penex"].colour

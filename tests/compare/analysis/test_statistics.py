@@ -236,7 +236,7 @@ def test_decision_for_a_clear_winner() -> None:
     assert (higher.starred, higher.better, higher.worse) == ("c", ("c",), ("a", "b"))
 
 
-def test_no_star_without_a_distance_to_the_runner_up() -> None:
+def test_no_star_if_the_runner_up_is_not_distinguished() -> None:
     found = verdict(column(ce=0.5, a=0.4, b=0.4003, c=0.45))
     assert found.starred is None
     assert set(found.best_group) == {"a", "b"}
@@ -263,7 +263,7 @@ def test_small_differences_do_not_count(name: str) -> None:
     assert set(all_close.best_group) == {"ce", "a", "b"}
 
 
-def test_incomplete_losses_take_no_part() -> None:
+def test_incomplete_losses_are_not_compared() -> None:
     values = column(ce=0.5, a=0.1, b=0.4)
     values["a"][2] = math.nan
     found = verdict(values)
@@ -278,7 +278,7 @@ def test_incomplete_losses_take_no_part() -> None:
     assert verdict(values).best is None
 
 
-def test_two_seeds_decide_nothing() -> None:
+def test_two_seeds_are_too_few_for_a_decision() -> None:
     found = verdict({name: value[:2] for name, value in column(ce=0.5, a=0.1).items()})
     assert found.best == "a"
     assert found.starred is None
@@ -286,7 +286,7 @@ def test_two_seeds_decide_nothing() -> None:
     assert verdict(column(ce=0.5)).starred is None  # nothing to be better than
 
 
-def test_star_of_equal_losses_is_rare() -> None:
+def test_equal_losses_are_rarely_starred() -> None:
     """With four equal losses any star or mark is wrong; Holm keeps their chance at 5 %."""
     rng = np.random.default_rng(5)
     marked = starred = 0

@@ -1,4 +1,4 @@
-"""Numbers from saved logits, against scipy, scikit-learn, statsmodels and definitions."""
+"""Summaries of saved logits against scipy, scikit-learn, statsmodels and definitions."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,14 @@ from penex.compare.analysis.summary import (
     GROUPS,
     SCALINGS,
     _pseudo_values,
-    curves,
     predictions,
     summarize,
 )
 from penex.compare.config import Config
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json, read_logits, run_folder, write_json
+from penex.compare.files import read_json, write_json
+from penex.compare.finished_runs import read_curve, read_logits
+from penex.compare.output_folder import run_folder
 from penex.compare.training.selection import LAST, SELECTIONS
 from penex.metrics import METRICS, decompose_nll, evaluate, fit_temperature, row_values
 
@@ -139,7 +140,7 @@ def test_metrics_of_runs(results: dict[str, Any]) -> None:
         assert at["softmax"]["nll"] == pytest.approx(nll, rel=1e-5)
 
 
-def test_the_temperature_sees_no_test_row(tmp_path: Path) -> None:
+def test_the_temperature_does_not_depend_on_test_rows(tmp_path: Path) -> None:
     one = summarize(write(tmp_path / "a", {"cross-entropy": noisy(1.5, 1)}))
     other = summarize(write(tmp_path / "b", {"cross-entropy": noisy(0.3, 1)}))
     assert one["runs"][0]["temperature"] == other["runs"][0]["temperature"]
@@ -245,7 +246,7 @@ def test_which_interval(tmp_path: Path, options: dict[str, Any], fixed: bool) ->
 
 
 @pytest.mark.parametrize("fixed", ["once", "per-seed"])
-def test_intervals_end_where_the_metric_does(tmp_path: Path, fixed: str) -> None:
+def test_intervals_are_clipped_to_the_metrics_bounds(tmp_path: Path, fixed: str) -> None:
     right = {"cross-entropy": (118, 120, 114, 120), "focal=0": (119, 120, 120, 113)}
     test = {spec: [with_right(TEST, n) for n in each] for spec, each in right.items()}
     found = summarize(write(tmp_path / "out", test, test_split=fixed))
@@ -407,7 +408,7 @@ def test_a_reference_that_diverged_everywhere(tmp_path: Path) -> None:
     for seed in range(4):
         where = run_folder(tmp_path / "out", "cross-entropy", seed)
         record = read_json(where / "run.json")
-        write_json(where / "run.json", record | {"epochs": {LAST: 20}})
+        write_json(where / "run.json", record | {"epochs": {LAST: 20}, "validation": {}})
         spoil(tmp_path / "out", "cross-entropy", seed, "test_20")
     found = summarize(tmp_path / "out")
     cell = column(found)["cross-entropy"]
@@ -443,7 +444,7 @@ def test_no_seed_in_common(tmp_path: Path) -> None:
     assert all(cell["mean"] is None for cell in column(found).values())
 
 
-def test_without_the_reference_there_is_nothing_to_mark(tmp_path: Path) -> None:
+def test_without_the_reference_nothing_is_marked(tmp_path: Path) -> None:
     found = steady(tmp_path, {"focal=0": REFERENCE, "penex": [0.3, 0.31, 0.3, 0.3]})
     assert found["primary"]["best"] == "penex"
     assert found["primary"]["starred"] is None
@@ -453,7 +454,7 @@ def test_without_the_reference_there_is_nothing_to_mark(tmp_path: Path) -> None:
 # ---- the rest --------------------------------------------------------------------------------
 
 
-def test_it_is_plain_json(results: dict[str, Any], tmp_path: Path) -> None:
+def test_the_summary_is_plain_json(results: dict[str, Any], tmp_path: Path) -> None:
     write_json(tmp_path / "results.json", results)
     assert read_json(tmp_path / "results.json") == results
     assert results["planned_runs"] == len(results["runs"]) == 16
@@ -534,11 +535,11 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
 
 def test_curves(tmp_path: Path) -> None:
     folder = write(tmp_path / "out", {"cross-entropy": noisy(1.5, 1)})
-    columns = curves(folder, "cross-entropy", 0)
+    columns = read_curve(run_folder(folder, "cross-entropy", 0))
     assert next(iter(columns)) == "epoch"
     np.testing.assert_array_equal(columns["epoch"], np.arange(1, 21))
     np.testing.assert_allclose(columns["train_nll"], 1 / columns["epoch"], rtol=1e-5)
     path = run_folder(folder, "cross-entropy", 0) / "curve.csv"
     path.write_text("epoch,train_nll\n1,x\n")
     with pytest.raises(CompareError, match=f"{path} is damaged"):
-        curves(folder, "cross-entropy", 0)
+        read_curve(run_folder(folder, "cross-entropy", 0))

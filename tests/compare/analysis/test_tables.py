@@ -1,4 +1,4 @@
-"""The tables show the numbers of the results, whole, in every form they are written in."""
+"""The tables show the numbers of the results, untruncated, in every format."""
 
 import copy
 import io
@@ -167,7 +167,7 @@ def test_cells() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
-def test_nothing_is_cut_off_in_a_terminal(results: dict[str, Any], width: int) -> None:
+def test_nothing_is_truncated_in_a_terminal(results: dict[str, Any], width: int) -> None:
     text = printed(tables.terminal(results, "refined", width), width=width)
     title = " ".join(text.split("Loss")[0].split())
     assert title.startswith("Test results: lowest validation NLL after temperature scaling")
@@ -276,7 +276,7 @@ def test_lines_below_the_tables(results: dict[str, Any]) -> None:
 def test_legend(results: dict[str, Any], fixed: bool, words: str) -> None:
     changed = results | {"primary": results["primary"] | {"fixed_test": fixed}}
     assert f"interval {words}, and below it" in tables.legend(changed)
-    rows = "the same for all seeds" if fixed else "drawn anew for each seed"
+    rows = "the same for all seeds" if fixed else "drawn separately for each seed"
     assert f"120 test rows ({rows})" in tables.caption(changed)
 
 
@@ -398,7 +398,7 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return summarize(write(tmp_path_factory.mktemp("every") / "out", test))
 
 
-def test_latex_has_no_symbol_of_its_own(every: dict[str, Any]) -> None:
+def test_latex_code_is_ascii(every: dict[str, Any]) -> None:
     symbols = {loss["symbol"] for loss in every["losses"] if loss["symbol"]}
     assert symbols >= set("αβγελρ")
     for text in (tables.latex(every), tables.merged_latex([every, every])):
@@ -442,7 +442,7 @@ def expected_merged(results: dict[str, Any], selection: str) -> list[list[str]]:
     return lines
 
 
-def test_titles_tell_comparisons_apart(results: dict[str, Any]) -> None:
+def test_titles_of_comparisons_are_unique(results: dict[str, Any]) -> None:
     assert tables.titles([results]) == ["made-up, 480 training rows, 4 seeds"]
     assert tables.titles([results, results]) == [
         "made-up, 480 training rows, 4 seeds (1)",

@@ -1,4 +1,4 @@
-"""The recommendation and the warnings, of results that were made to deserve them."""
+"""The recommendation and the warnings for results constructed to trigger them."""
 
 import copy
 from pathlib import Path
@@ -18,7 +18,8 @@ from penex.compare.analysis.verdict import (
     versions,
     warnings,
 )
-from penex.compare.output_folder import read_logits, run_folder
+from penex.compare.finished_runs import read_logits
+from penex.compare.output_folder import run_folder
 from penex.compare.registry import LOSSES
 from penex.metrics import METRICS
 
@@ -127,8 +128,15 @@ def test_unfinished(tmp_path: Path, reference: list[Any], other: list[Any], star
     assert text.startswith(start)
     assert "diverged" not in text
     done, planned = len(found["runs"]), found["planned_runs"]
+    missing = ", ".join(
+        f"{label} (seed {seed})"
+        for seed in range(len(reference))
+        for label, values in (("Cross-entropy", reference), ("PENEX", other))
+        if values[seed] is None
+    )
     assert warnings(found)[0] == (
-        f"Unfinished: {done} of {planned} runs have finished. The recommendation may change."
+        f"Unfinished: {done} of {planned} runs have finished. The recommendation may change. "
+        f"Missing: {missing}."
     )
 
 
@@ -263,7 +271,7 @@ def healthy(**options: Any) -> dict[str, Any]:
     return {"test": test} | options
 
 
-def test_nothing_to_warn_of(tmp_path: Path) -> None:
+def test_no_warnings(tmp_path: Path) -> None:
     assert warnings(summarize(write(tmp_path / "out", **healthy()))) == []
 
 

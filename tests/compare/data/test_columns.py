@@ -1,11 +1,11 @@
-"""What is said about the columns of a table before anything is trained."""
+"""The description of a table's columns, and warnings about them, before training."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from penex.compare.data.columns import (
-    TELLING,
+    LEAK_ACCURACY,
     describe_columns,
     is_identifier,
     single_accuracy,
@@ -26,7 +26,7 @@ def table(**columns: object) -> Dataset:
     return Dataset("t", frame, TARGET, ("a", "b", "c"), "", left_out={"who": "group", "z": "drop"})
 
 
-def test_uses() -> None:
+def test_kinds_of_columns() -> None:
     data = table(
         x=RNG.normal(size=N),
         n=np.arange(N) % 7,
@@ -44,7 +44,7 @@ def test_uses() -> None:
     ]
 
 
-def test_what_is_no_table_has_no_columns() -> None:
+def test_only_tables_have_columns() -> None:
     data = Dataset("t", np.zeros((N, 2), np.float32), TARGET, ("a", "b", "c"), "")
     assert describe_columns(data) == warnings(data) == []
 
@@ -81,19 +81,19 @@ def test_identifiers(column: object, expected: bool) -> None:
         (np.zeros(N), False),
     ],
 )
-def test_what_gives_the_class_away(column: object, telling: bool) -> None:
+def test_columns_that_reveal_the_class(column: object, telling: bool) -> None:
     series = pd.Series(column)
-    assert (single_accuracy(series, TARGET) >= TELLING) is telling
+    assert (single_accuracy(series, TARGET) >= LEAK_ACCURACY) is telling
 
 
-def test_a_frequent_class_gives_nothing_away() -> None:
+def test_a_frequent_class_is_no_leak() -> None:
     """Accuracy would be 0.99 for any column."""
     target = (np.arange(1000) % 100 == 0).astype(np.int64)
     column = pd.Series(np.random.default_rng(0).normal(size=1000))
     assert single_accuracy(column, target) < 0.7
 
 
-def test_single_accuracy_with_classes_of_a_row() -> None:
+def test_single_accuracy_with_classes_of_one_row() -> None:
     assert single_accuracy(pd.Series(np.arange(40.0)), np.arange(40)) == 0
 
 

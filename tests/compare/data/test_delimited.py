@@ -1,4 +1,4 @@
-"""Tables as people have them: found are separator, decimal sign, encoding and compression."""
+"""Delimited tables: detection of separator, decimal sign, encoding and compression."""
 
 import bz2
 import csv
@@ -121,7 +121,7 @@ def test_decimal_comma(tmp_path: Path, numbers: list[str]) -> None:
     np.testing.assert_array_equal(found["z"], [1.5, *[np.nan] * (ROWS - 1)])
 
 
-def test_what_is_no_decimal_comma_stays_text(tmp_path: Path) -> None:
+def test_texts_without_decimal_commas_stay_text(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     kinds = ('"1,234"', "1.2.2024x", "10,20,30")  # thousands perhaps; no number; several
     path.write_text("a,y\n" + "".join(f"{kinds[0]},{i % 2}\n" for i in range(ROWS)))
@@ -170,7 +170,7 @@ def test_rows_without_a_target_are_left_out_and_counted(tmp_path: Path) -> None:
     assert load(path).classes == ("0", "1")
 
 
-def test_parts_in_files_of_their_own(tmp_path: Path) -> None:
+def test_parts_in_separate_files(tmp_path: Path) -> None:
     names = {"a.csv": (",", 40), "b.tsv": ("\t", 12), "c.csv": (";", 8)}
     for number, (name, (separator, size)) in enumerate(names.items()):
         lines = [separator.join((str(100 * number + i), "pq"[i % 2], "")) for i in range(size)]

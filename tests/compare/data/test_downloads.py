@@ -1,4 +1,4 @@
-"""Downloads, from a server on this machine, and data made on the spot."""
+"""Downloads from a local server, and generated data."""
 
 import hashlib
 import threading

@@ -1,4 +1,4 @@
-"""Data sets in the hub's layout, read from disk by the code that reads the hub."""
+"""Data sets in the format of the hub, read from disk by the code that reads the hub."""
 
 import io
 import os
@@ -186,7 +186,7 @@ def test_corrupt_image_is_named(tmp_path: Path) -> None:
         read(folder)
 
 
-def test_held_back_labels(tmp_path: Path) -> None:
+def test_held_back_labels_are_refused(tmp_path: Path) -> None:
     """As imagenet-1k and GLUE have them: refused, and left out where that is asked for."""
     hidden = rows(9, label=[-1] * 9)
     folder = write(tmp_path / "a", TEXT, train=rows(30), validation=rows(6), test=hidden)

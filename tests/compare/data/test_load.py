@@ -1,4 +1,4 @@
-"""Reading and splitting, on real files; each refusal with the part of the message that helps."""
+"""Reading and splitting of real files; each refusal with the helpful part of its message."""
 
 import gzip
 import os
@@ -137,7 +137,7 @@ def test_column_kinds(csv: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["t.csv.gz", "t.tsv", "t.tsv.gz", "T.CSV", "bom.csv"])
-def test_same_content_same_dataset(csv: Path, tmp_path: Path, name: str) -> None:
+def test_equal_content_gives_equal_datasets(csv: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     separator = "\t" if "tsv" in name else ","
     compression = "gzip" if name.endswith(".gz") else None
@@ -148,7 +148,7 @@ def test_same_content_same_dataset(csv: Path, tmp_path: Path, name: str) -> None
     assert other.name == name.split(".")[0]
 
 
-def test_parquet_reads_as_csv(csv: Path, tmp_path: Path) -> None:
+def test_parquet_and_csv_give_equal_datasets(csv: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     frame = table()
     frame["day"] = pd.to_datetime(frame["day"]).dt.date  # date32, not text
@@ -459,7 +459,7 @@ def test_parts_are_disjoint_complete_and_stratified(
         assert (got > 0).all()
 
 
-def test_labels_travel_with_their_rows() -> None:
+def test_labels_stay_with_their_rows() -> None:
     digits = load("digits")
     for rows, (_, y) in zip(
         row_numbers(digits, train_size=300), parts(cut(digits, train_size=300)), strict=True
@@ -526,7 +526,7 @@ def test_noise_is_exact_and_on_training_only(noise: float, seed: int, name: str)
         assert np.array_equal(a[1], b[1])
 
 
-def test_smaller_noise_is_part_of_larger() -> None:
+def test_noisy_rows_are_nested_over_noise_levels() -> None:
     digits = load("digits")
     little, much = (cut(digits, label_noise=r).train[1] for r in (0.1, 0.3))
     touched = little != cut(digits).train[1]
@@ -630,7 +630,7 @@ def test_groups_stay_together(sizes: list[int], seed: int, share: float, constan
     assert all(np.array_equal(a, b) for a, b in zip(drawn, again, strict=True))
 
 
-def test_groups_are_drawn_in_the_wanted_shares() -> None:
+def test_groups_are_drawn_in_the_requested_shares() -> None:
     """With many small groups, sizes and class shares are nearly those of rows without groups."""
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(400), 5)
@@ -708,7 +708,7 @@ def test_groups_that_cannot_be_divided(changes: dict[str, Any], message: str) ->
         draw_rows(grouped(**({"groups": None, "y": np.arange(60) % 2} | changes)), 0, Config())
 
 
-def test_train_size_that_groups_do_not_leave() -> None:
+def test_train_size_that_groups_do_not_allow() -> None:
     data = grouped(np.repeat(np.arange(3), [200, 100, 100]), np.arange(400) % 2)
     with pytest.raises(CompareError, match=r"train_size \(--train-size\) must be at most \d+; got"):
         draw_rows(data, 0, Config(train_size=235))
@@ -798,7 +798,7 @@ def test_no_leakage(csv: Path, train_size: int | None) -> None:
     assert np.isfinite(after.test[0]).all()
 
 
-def test_unseen_category_is_no_known_category(tmp_path: Path) -> None:
+def test_unseen_categories_differ_from_known_ones(tmp_path: Path) -> None:
     n = 60
     frame = pd.DataFrame({"c": pd.Series(["a", "b"] * 30, dtype="str")})
     data = Dataset("h", frame, np.arange(n) // 30, ("0", "1"), "")

@@ -1,4 +1,4 @@
-"""Scaled numbers: what a network gets to see is bounded, whatever stands in a column."""
+"""Scaling: the input of a network is bounded, whatever a column contains."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def test_units_do_not_matter(unit: float, sign: float) -> None:
 
 
 @pytest.mark.parametrize("outlier", [1e3, 1e30, LARGEST])
-def test_an_outlier_in_training_does_not_flatten_the_rest(outlier: float) -> None:
+def test_an_outlier_in_training_does_not_compress_the_rest(outlier: float) -> None:
     clean, _ = scaled(normal(), normal())
     train = np.append(normal(), outlier)
     first, _ = scaled(train, train)
@@ -81,7 +81,7 @@ def test_an_outlier_in_training_does_not_flatten_the_rest(outlier: float) -> Non
     np.testing.assert_allclose(np.std(first[:-1]), np.std(clean), rtol=0.25)
 
 
-def test_heavy_tails_leave_the_bulk_apart() -> None:
+def test_heavy_tails_do_not_compress_the_bulk() -> None:
     train = np.random.default_rng(0).standard_cauchy(2000)
     first, _ = scaled(train, train)
     middle = first[np.abs(train) < 1]  # half of the values
@@ -111,7 +111,7 @@ def test_nearly_constant_in_training(odd: int) -> None:
     assert 4 < on <= BOUND
 
 
-def test_a_large_offset_keeps_its_digits() -> None:
+def test_a_large_offset_loses_no_precision() -> None:
     train = 1e9 + np.arange(90.0)
     assert len(np.unique(scaled(train, train)[0])) == 90
 

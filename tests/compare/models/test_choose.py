@@ -1,4 +1,4 @@
-"""The networks: what they are made of, what they take, and what is refused."""
+"""The networks: their layers, their inputs, and what is refused."""
 
 import sys
 from collections.abc import Callable
@@ -68,7 +68,7 @@ FITTING: list[tuple[Callable[[], Dataset], str | None, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("make", "name", "options"), FITTING, ids=lambda value: getattr(value, "__name__", str(value))
 )
-def test_no_parameter_is_without_gradient(
+def test_every_parameter_has_a_gradient(
     make: Callable[[], Dataset], name: str | None, options: dict[str, Any]
 ) -> None:
     """Else DistributedDataParallel fails."""
@@ -96,7 +96,7 @@ def test_the_defaults_of_each_kind() -> None:
 
 
 @pytest.mark.parametrize(("side", "classes", "inputs"), [(32, 10, 2048), (64, 9, 8192)])
-def test_the_convnet_is_the_papers(side: int, classes: int, inputs: int) -> None:
+def test_the_convnet_has_the_papers_layers(side: int, classes: int, inputs: int) -> None:
     model = ConvNet((3, side, side), classes, dropout=0.5, deep_supervision=False)
     layers = [module for module in model.modules() if not list(module.children())]
     kinds = [type(layer).__name__ for layer in layers if not isinstance(layer, nn.ModuleList)]
@@ -116,7 +116,7 @@ def test_the_convnet_is_the_papers(side: int, classes: int, inputs: int) -> None
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_convnet_computes_what_the_papers_does(channels: int) -> None:
+def test_the_convnet_equals_the_papers_network(channels: int) -> None:
     """Which has ReLU before pooling, and its images in the usual layout of memory."""
     torch.manual_seed(0)
     model = ConvNet((channels, 17, 11), 4, dropout=0.0, deep_supervision=False).double()
@@ -130,7 +130,7 @@ def test_the_convnet_computes_what_the_papers_does(channels: int) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_heads_are_for_training_only() -> None:
+def test_auxiliary_heads_are_used_in_training_only() -> None:
     torch.manual_seed(0)
     model = ConvNet((3, 9, 8), 4, dropout=0.0, deep_supervision=True)
     images = torch.randn(2, 3, 9, 8)
@@ -202,7 +202,7 @@ def text_model(texts: list[str], **options: Any) -> tuple[TextTransformer, Vocab
     return model, encoder
 
 
-def test_a_vocabulary_is_of_the_training_texts() -> None:
+def test_the_vocabulary_comes_from_the_training_texts() -> None:
     texts = ["The cat, the CAT!", "a dog", "the dog ran"]
     vocabulary = Vocabulary.of_texts(texts, size=6, max_length=4)
     assert vocabulary.words == {"the": 2, "cat": 3, "dog": 4, "!": 5}
@@ -286,7 +286,7 @@ def test_a_function_that_returns_something_else(module: str) -> None:
         resolve(f"{module}:anything", numbers()).build(numbers().features, 3)
 
 
-def test_a_module_that_is_not_there() -> None:
+def test_a_missing_module_is_refused() -> None:
     with pytest.raises(CompareError, match="^model: cannot import no_such_module"):
         resolve("no_such_module:model", numbers())
 
@@ -399,13 +399,13 @@ def test_options_of_transformers_are_those_of_the_configuration(saved_bert: str)
         )
 
 
-def test_a_model_that_transformers_does_not_find(tmp_path: Path) -> None:
+def test_a_model_unknown_to_transformers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompareError, match="^model: cannot load transformers:"):
         resolve(f"transformers:{tmp_path / 'nothing'}", pictures()).build(pictures().features, 3)
 
 
 @pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
-def test_timm_is_named_where_it_is_missing() -> None:
+def test_a_missing_timm_is_named() -> None:
     with pytest.raises(CompareError, match="^model: timm:resnet18 needs the package timm"):
         resolve("timm:resnet18", pictures()).build(pictures().features, 3)
 
@@ -457,7 +457,7 @@ def test_refusals(
     assert str(refusal.value).startswith(("model: ", "model_options: "))
 
 
-def test_hidden_are_the_layers_of_mlp() -> None:
+def test_hidden_sets_the_layers_of_the_mlp() -> None:
     model, _ = resolve("mlp", numbers(), hidden=(4, 9)).build(numbers().features, 3)
     widths = [(x.in_features, x.out_features) for x in model if isinstance(x, nn.Linear)]
     assert widths == [(6, 4), (4, 9), (9, 3)]

@@ -1,4 +1,4 @@
-"""A run is reproducible, and the process that called it is what it was before."""
+"""A run is reproducible and restores the settings of its process."""
 
 import logging
 import math
@@ -44,7 +44,7 @@ def stopped() -> None:
 
 @pytest.mark.parametrize("workspace", [None, ":16:8"])
 @pytest.mark.parametrize("work", ["run", "measure", "error"])
-def test_the_process_is_what_it_was(
+def test_the_settings_of_the_process_are_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str, workspace: str | None
 ) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)

@@ -1,4 +1,4 @@
-"""The command on two processes that share every run: one speaks, and both do the same."""
+"""The command on two processes that share every run, of which only one prints."""
 
 import contextlib
 import functools
@@ -14,7 +14,9 @@ import pytest
 import torch
 from waiting import GUARD, wait_until
 
-from penex.compare.output_folder import read_json, read_logits, run_folder, trial_folder
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_logits
+from penex.compare.output_folder import run_folder, trial_folder
 
 PROGRAM = "from penex.cli import main; main()"
 COMMAND = ("compare", "iris", "--losses=cross-entropy,penex", "--devices=2", "--strategy=ddp")
@@ -36,7 +38,7 @@ def start(*options: str) -> "subprocess.Popen[str]":
     )
 
 
-def test_it_ends_as_on_one_device(make: Make, tmp_path: Path) -> None:
+def test_results_equal_those_of_one_device(make: Make, tmp_path: Path) -> None:
     options = ("--seeds=1", "--epochs=3", "--tune=2", f"--out={tmp_path / 'two'}")
     process = start(*options)
     out, err = process.communicate(timeout=GUARD)
@@ -70,7 +72,7 @@ def test_it_ends_as_on_one_device(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_it_leaves_no_process(how: signal.Signals, tmp_path: Path) -> None:
+def test_stopping_leaves_no_process(how: signal.Signals, tmp_path: Path) -> None:
     process = start("--epochs=20000", f"--out={tmp_path}")
     curves = functools.partial(tmp_path.glob, "runs/*/.*/curve.csv")
     wait_until(lambda: any(curve.read_bytes().count(b"\n") > 5 for curve in curves()), process)
@@ -94,7 +96,7 @@ def alive(session: int) -> list[int]:
     return found
 
 
-def test_several_machines_are_started_by_hand(tmp_path: Path) -> None:
+def test_several_machines_need_a_manual_start(tmp_path: Path) -> None:
     process = start("--nodes=2", f"--out={tmp_path}")
     _, err = process.communicate(timeout=GUARD)
     assert process.returncode == 2

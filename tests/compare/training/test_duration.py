@@ -1,4 +1,4 @@
-"""What a comparison says it will take."""
+"""The forecast of a comparison's duration."""
 
 import io
 import re
@@ -14,7 +14,7 @@ from waiting import GUARD
 
 from penex.compare.config import Config, Execution
 from penex.compare.display import Display
-from penex.compare.output_folder import read_json, write_json
+from penex.compare.files import read_json, write_json
 from penex.compare.runner import compare
 from penex.compare.training.duration import duration, forecast, recorded, seconds_per_epoch
 
@@ -56,7 +56,7 @@ def test_validation_counts_a_third_of_training_row_by_row() -> None:
     assert seconds_per_epoch(9.0, [900, 300, 5000]) == pytest.approx(10.0)
 
 
-def test_what_finished_runs_took(finished: Path) -> None:
+def test_seconds_of_finished_runs(finished: Path) -> None:
     runs = sorted(path.parent for path in finished.glob("runs/*/*/run.json"))
     seconds = [read_json(run / "run.json")["seconds_per_epoch"] for run in runs]
     assert len(seconds) == 4
@@ -64,7 +64,7 @@ def test_what_finished_runs_took(finished: Path) -> None:
     assert recorded([]) is None
 
 
-def test_a_resumed_comparison_goes_by_its_finished_runs(make: Make, tmp_path: Path) -> None:
+def test_a_resumed_comparison_uses_its_finished_runs(make: Make, tmp_path: Path) -> None:
     folder = make(tmp_path / "out")
     for path in folder.glob("runs/*/*/run.json"):
         write_json(path, read_json(path) | {"seconds_per_epoch": 1000.0})
@@ -98,7 +98,7 @@ def test_a_long_comparison_is_measured_before_it_starts(options: list[str], tmp_
     assert rest.removeprefix(lines[2]).startswith("Stopped.")
 
 
-def test_a_short_one_says_nothing(finished: Path, tmp_path: Path) -> None:
+def test_a_short_comparison_prints_no_forecast(finished: Path, tmp_path: Path) -> None:
     screen = io.StringIO()
     config = Config(data="iris", losses=("penex",), seeds=1, epochs=2)
     compare(config, tmp_path, execution=Execution(), display=Display(Console(file=screen)))

@@ -1,4 +1,4 @@
-"""The same comparison on a Ray cluster: equal numbers, and whole again after losing a worker."""
+"""Comparisons on a Ray cluster: equal to local ones, also after the loss of a worker."""
 
 import contextlib
 import os
@@ -14,7 +14,8 @@ from waiting import GUARD, wait_until
 
 pytest.importorskip("ray", reason="needs the extra ray")
 
-from penex.compare.output_folder import read_json, read_logits
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_logits
 
 PROGRAM = "from penex.cli import main; main()"
 COMMAND = ("compare", "iris", "--losses=cross-entropy,penex", "--seeds=2", "--hidden=32")
@@ -90,7 +91,7 @@ def on_ray() -> Iterator[Callable[..., OnRay]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_killed_worker_is_replaced_and_the_numbers_are_those_of_a_local_run(
+def test_a_killed_worker_is_replaced_and_results_equal_a_local_run(
     on_ray: Callable[..., OnRay], make: Make, tmp_path: Path
 ) -> None:
     run = on_ray(tmp_path / "ray", "--epochs=100")
@@ -122,9 +123,7 @@ def test_a_killed_worker_is_replaced_and_the_numbers_are_those_of_a_local_run(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
-def test_stopped_it_leaves_no_process(
-    on_ray: Callable[..., OnRay], how: str, tmp_path: Path
-) -> None:
+def test_stopping_leaves_no_process(on_ray: Callable[..., OnRay], how: str, tmp_path: Path) -> None:
     run = on_ray(tmp_path / "out", "--epochs=10000")
     run.until_mid_run()
     before = processes(run.popen.pid)
@@ -144,7 +143,7 @@ def test_stopped_it_leaves_no_process(
     wait_until(lambda: not any(Path(f"/proc/{number}/exe").exists() for number in before))
 
 
-def test_refusals_end_as_on_local_processes(tmp_path: Path) -> None:
+def test_errors_are_those_of_local_processes(tmp_path: Path) -> None:
     """Of a worker (a precision that this machine does not have), and of a missing cluster."""
 
     def refused(*options: str) -> str:

@@ -1,4 +1,4 @@
-"""One run: what it computes, that it can be stopped anywhere, and that sharing changes nothing."""
+"""One run: its results, resuming from any interruption, and equal results on several processes."""
 
 import dataclasses
 import functools
@@ -33,10 +33,12 @@ from penex.compare.data.images import Images
 from penex.compare.data.load import load
 from penex.compare.data.split import split
 from penex.compare.errors import CompareError
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_logits
 from penex.compare.models.choose import resolve
 from penex.compare.models.files import read_network
-from penex.compare.output_folder import CHECKPOINT, checkpoint_file, read_json, read_logits
-from penex.compare.registry import LOSSES, Context, Loss, contender
+from penex.compare.output_folder import CHECKPOINT, checkpoint_file
+from penex.compare.registry import LOSSES, Context, Loss, parse_loss
 from penex.compare.training import run as training
 
 ALONE = Execution()
@@ -57,7 +59,7 @@ def run(
 ) -> Path:
     """`folder`, with a run of seed 0 in it."""
     config = configured(**options)
-    task = Task(folder, spec, 0, config.lr, contender(spec).untuned)
+    task = Task(folder, spec, 0, config.lr, parse_loss(spec).untuned)
     training.run(task, config, dataset, execution)
     return folder
 
@@ -162,7 +164,7 @@ def by_hand(config: Config, dataset: Dataset, criterion: nn.Module) -> dict[str,
     ],
     ids=str,
 )
-def test_the_weights_are_those_of_a_loop_written_by_hand(
+def test_the_weights_equal_those_of_a_plain_training_loop(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     options = {"lr": 0.03, "hidden": (7,), "batch_size": 12} | options
@@ -189,8 +191,8 @@ def test_the_loss_of_the_run_is_what_is_minimised(tmp_path: Path, spec: str, sca
     options: dict[str, Any] = {"hidden": (7,), "optimizer": "sgd", "lr": 0.1}
     options |= {"epochs": 2, "gradient_scale": scale}
     folder = run(tmp_path / "run", numbers(), spec, **options)
-    loss = contender(spec).loss
-    criterion = loss.build(contender(spec).untuned, Context(3, 16, 4))
+    loss = parse_loss(spec).loss
+    criterion = loss.build(parse_loss(spec).untuned, Context(3, 16, 4))
     by = loss.gradient_scale(criterion, 3) if scale == "common" else 1.0
     expected = by_hand(configured(**options), numbers(), Divided(criterion, by))
     for name, weight in weights(folder).items():
@@ -322,9 +324,7 @@ def seen() -> Iterator[Inputs]:
     hook.remove()
 
 
-def test_pictures_are_normalised_and_only_training_is_augmented(
-    seen: Inputs, tmp_path: Path
-) -> None:
+def test_images_are_normalised_and_only_training_is_augmented(seen: Inputs, tmp_path: Path) -> None:
     dataset = pictures()
     options: dict[str, Any] = {"epochs": 2, "batch_size": 50, "augment": ("flip",)}
     run(tmp_path / "one", dataset, **options)
@@ -351,7 +351,7 @@ def test_pictures_are_normalised_and_only_training_is_augmented(
 
 
 @pytest.mark.parametrize("change", ["flip", "crop", "resized-crop", "rotate"])
-def test_augmented_pictures_are_still_pictures(seen: Inputs, tmp_path: Path, change: str) -> None:
+def test_augmented_images_keep_shape_and_range(seen: Inputs, tmp_path: Path, change: str) -> None:
     run(tmp_path / "run", pictures(shape=(1, 16, 12)), augment=(change,), epochs=1)
     changed = torch.cat(seen.training)
     assert changed.shape == (50, 1, 16, 12)
@@ -367,7 +367,7 @@ def test_numbers_are_not_augmented(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_criteria_are_told_of_steps_and_epochs(
+def test_criteria_are_notified_of_steps_and_epochs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     told = []
@@ -388,7 +388,7 @@ def test_criteria_are_told_of_steps_and_epochs(
     assert told == ["step", "step", "epoch"] * 2
 
 
-def test_a_run_that_diverges_is_finished_and_says_so(tmp_path: Path) -> None:
+def test_a_diverged_run_is_finished_and_recorded_as_such(tmp_path: Path) -> None:
     folder = run(tmp_path / "run", numbers(), optimizer="sgd", lr=1e30)
     record = read_json(folder / "run.json")
     assert record["epochs"] == {"last": 4}  # no other epoch is selected
@@ -401,7 +401,7 @@ def test_a_run_that_diverges_is_finished_and_says_so(tmp_path: Path) -> None:
 # Loggers
 
 
-def test_tensorboard_has_the_curve(tmp_path: Path) -> None:
+def test_tensorboard_logs_the_curve(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logged = Execution(loggers=("tensorboard",))
@@ -413,7 +413,7 @@ def test_tensorboard_has_the_curve(tmp_path: Path) -> None:
         np.testing.assert_allclose([s.value for s in scalars], curve(folder)[name], rtol=1e-5)
 
 
-def test_a_logger_that_is_not_installed_is_named(tmp_path: Path) -> None:
+def test_a_missing_logger_is_named(tmp_path: Path) -> None:
     if find_spec("wandb") is not None:
         pytest.skip("wandb is installed")
     with pytest.raises(CompareError, match="^loggers: wandb needs the package wandb"):
@@ -441,7 +441,7 @@ def test_worker_processes_change_nothing(
     assert_same(here, there)
 
 
-def test_a_picture_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
+def test_an_unreadable_image_gives_one_message(tmp_path: Path) -> None:
     class Torn(Images):
         def __getitem__(self, rows: Any) -> Images:
             return Torn(self.source, self.digest, self.rows[rows])
@@ -458,7 +458,7 @@ def test_a_picture_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 17, 33])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_ranks_divide_the_batches_of_one(rows: int, world: int) -> None:
+def test_ranks_share_the_batches_of_one_process(rows: int, world: int) -> None:
     whole = [list(batch) for batch in Batches(rows, 16, seed=3)]
     assert sorted(chain(*whole)) == list(range(rows))
     shares = [Batches(rows, 16, seed=3, rank=rank, world=world) for rank in range(world)]
@@ -522,7 +522,7 @@ def stopped(epoch: int, saves: int, *arguments: Any, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_run_goes_on_where_it_was_saved(
+def test_a_run_resumes_where_it_was_saved(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
 ) -> None:
     make, spec, options = RESUMED[case]
@@ -542,7 +542,7 @@ def test_a_run_goes_on_where_it_was_saved(
 
 
 @pytest.mark.parametrize("other", [{"lr": 0.5}, {"batch_size": 5}, {"optimizer": "sgd"}], ids=str)
-def test_a_checkpoint_of_another_run_is_not_taken_up(tmp_path: Path, other: dict[str, Any]) -> None:
+def test_a_checkpoint_of_another_run_is_ignored(tmp_path: Path, other: dict[str, Any]) -> None:
     stopped(2, 2, tmp_path / "runs" / "run", numbers())
     assert_same(
         run(tmp_path / "whole", numbers(), **other),
@@ -571,7 +571,7 @@ train.run(Task(Path(sys.argv[1]), "penex", 0, config.lr, 0.1), config, numbers()
 """Saves after every epoch, and waits before one to be killed, should that not have happened yet."""
 
 
-def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_killed_at_any_moment_a_run_gives_the_same_results(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", numbers(), "penex", epochs=150)
     (tmp_path / "system").mkdir()
     folder = tmp_path / "runs" / "run"
@@ -603,7 +603,9 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(tmp_path: Path)
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_saving_takes_little_of_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_saving_takes_a_small_share_of_the_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """By a clock of its own: an epoch takes a second, and saving what `cost` says."""
     clock, cost, saved = 0.0, 0.125, []
     seeded, save = training._seed, training._Progress.save
@@ -657,7 +659,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", [*CASES, "sharded/pictures"])
-def test_two_processes_give_the_numbers_of_one(shared: Path, tmp_path: Path, case: str) -> None:
+def test_two_processes_give_the_results_of_one(shared: Path, tmp_path: Path, case: str) -> None:
     name = case.rpartition("/")[2]
     train(tmp_path, name, ALONE)
     one, two = tmp_path / name, shared / case

@@ -1,4 +1,4 @@
-"""Selected epochs against a search over all epochs; scores against scikit-learn."""
+"""Selected epochs against a search over all epochs, and scores against scikit-learn."""
 
 import math
 from typing import Any
@@ -43,7 +43,7 @@ def test_scores() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["logits", "link"])
-def test_scores_that_are_not_finite(where: str, bad: float) -> None:
+def test_non_finite_scores(where: str, bad: float) -> None:
     arrays = {"logits": np.zeros((6, 3)), "link": np.full((6, 3), -math.log(3))}
     arrays[where][2, 1] = bad
     scores = validation_scores(arrays["logits"], arrays["link"], np.arange(6) % 3)
@@ -83,7 +83,7 @@ def test_selected_epochs(history: list[dict[str, float]], cut: int) -> None:
     assert selected.scores == {epoch: history[epoch - 1] for epoch in kept}
 
 
-def test_snapshots_are_made_only_of_selected_epochs() -> None:
+def test_snapshots_are_taken_only_of_selected_epochs() -> None:
     made: list[int] = []
     selected = Selected()
     for epoch, nll in enumerate((0.9, 0.5, 0.7, 0.5, 0.4), 1):

@@ -18,14 +18,10 @@ from waiting import GUARD, wait_until
 from penex.compare.config import Config, Execution
 from penex.compare.data.load import load
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import (
-    read_comparison,
-    read_json,
-    read_logits,
-    run_folder,
-    trial_folder,
-)
-from penex.compare.registry import contender
+from penex.compare.files import read_json
+from penex.compare.finished_runs import read_logits
+from penex.compare.output_folder import read_comparison, run_folder, trial_folder
+from penex.compare.registry import parse_loss
 from penex.compare.training.tune import LR_SPAN, Study, open_studies, tune
 
 Make = Callable[..., Path]
@@ -65,24 +61,24 @@ def rescore(folder: Path, trial: int, value: float | None) -> None:
 
 @pytest.mark.parametrize("spec", LOSSES)
 def test_every_loss_gets_the_same_budget_in_its_range(tuned: Path, spec: str) -> None:
-    who, records = contender(spec), trials(tuned, spec)
+    candidate, records = parse_loss(spec), trials(tuned, spec)
     assert len(records) == 4
     assert {record["seed"] for record in records} == {0}
     # The first trial is what would run without tuning.
     assert records[0]["lr"] == 1e-3
-    assert records[0]["knob"] == (None if math.isnan(who.untuned) else who.untuned)
+    assert records[0]["knob"] == (None if math.isnan(candidate.untuned) else candidate.untuned)
     rates, values = ([record[name] for record in records] for name in ("lr", "knob"))
     assert all(1e-3 / LR_SPAN <= rate <= 1e-3 * LR_SPAN for rate in rates)
     assert len(set(rates)) == 4
     if spec == "penex=0.3":
         assert values == [0.3] * 4
-    elif who.loss.knob is not None:
-        assert all(who.loss.knob.low <= value <= who.loss.knob.high for value in values)
+    elif candidate.loss.knob is not None:
+        assert all(candidate.loss.knob.low <= value <= candidate.loss.knob.high for value in values)
         assert len(set(values)) == 4
 
 
 @pytest.mark.parametrize("spec", LOSSES)
-def test_the_best_trial_makes_the_runs(tuned: Path, spec: str) -> None:
+def test_runs_use_the_best_trial(tuned: Path, spec: str) -> None:
     config, _ = read_comparison(tuned)
     records = trials(tuned, spec)
     best = min(records, key=score)
@@ -187,9 +183,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_killed_and_restarted_it_proposes_what_it_would_have_proposed(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_a_restarted_study_makes_the_same_proposals(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     for trial in ("trial-004", "trial-011"):  # killed in the middle of it
         process = Tuning(CONFIG, folder, wait=trial)
@@ -203,7 +197,7 @@ def test_killed_and_restarted_it_proposes_what_it_would_have_proposed(
     assert len(trials(folder, "penex")) == 13
 
 
-def test_proposals_follow_all_results_before_them(whole: Path, tmp_path: Path) -> None:
+def test_proposals_depend_on_all_results_before_them(whole: Path, tmp_path: Path) -> None:
     """The last one too, very good or very bad; told by the runs, where the journal is lost."""
     proposals = set()
     for value in (-9.0, 9.0):
@@ -216,7 +210,7 @@ def test_proposals_follow_all_results_before_them(whole: Path, tmp_path: Path) -
     assert len(proposals) == 2
 
 
-def test_without_its_journal_it_goes_on_from_the_runs(whole: Path, tmp_path: Path) -> None:
+def test_without_its_journal_a_study_continues_from_the_runs(whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "out"))
     (folder / "tuning" / "study.journal").unlink()
     for number in (11, 12):
@@ -227,7 +221,7 @@ def test_without_its_journal_it_goes_on_from_the_runs(whole: Path, tmp_path: Pat
     assert_same_trials(whole, folder, 13)
 
 
-def test_a_line_half_written_into_the_journal_is_cut_off(whole: Path, tmp_path: Path) -> None:
+def test_an_incomplete_line_of_the_journal_is_removed(whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "out"))
     journal = folder / "tuning" / "study.journal"
     content = journal.read_bytes()
@@ -281,7 +275,7 @@ def test_two_processes_share_a_study_and_one_is_killed(kind: str, tmp_path: Path
     assert len({trial.params["lr"] for trial in after}) == 4
 
 
-def test_a_study_that_others_have_finished_is_used_as_it_is(make: Make, tmp_path: Path) -> None:
+def test_a_study_finished_by_others_is_reused(make: Make, tmp_path: Path) -> None:
     shared = Execution(storage=f"sqlite:///{tmp_path / 'study.db'}")
     options: dict[str, Any] = {"losses": ("penex",), "seeds": 1, "epochs": 2, "tune": 3}
     one = make(tmp_path / "one", shared, **options)
@@ -310,9 +304,7 @@ def test_several_trials_of_a_loss_at_a_time(make: Make, tmp_path: Path) -> None:
         ("sqlite:////absent/folder/study.db", "storage: cannot open sqlite:////absent"),
     ],
 )
-def test_a_storage_that_cannot_be_opened(
-    make: Make, url: str, message: str, tmp_path: Path
-) -> None:
+def test_an_unusable_storage_is_refused(make: Make, url: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(CompareError, match=message) as refusal:
         make(tmp_path / "out", Execution(storage=url), tune=1)
     assert "secret" not in str(refusal.value)
@@ -361,9 +353,7 @@ def test_trials_are_scored_at_the_epoch_that_is_selected(
     assert picked == trials(folder, "penex")[int(np.argmin(scores))]["lr"]
 
 
-def test_more_trials_are_another_configuration_but_more_losses_are_not(
-    make: Make, tmp_path: Path
-) -> None:
+def test_losses_can_be_added_to_a_folder_but_not_trials(make: Make, tmp_path: Path) -> None:
     options = {"seeds": 1, "epochs": 1, "tune": 2}
     folder = make(tmp_path / "out", losses=("penex",), **options)
     before = [record["lr"] for record in trials(folder, "penex")]
@@ -389,7 +379,7 @@ def test_a_trial_that_diverged_is_not_chosen(tuned: Path, tmp_path: Path) -> Non
     assert chosen(folder, "penex", config)["lr"] == winner["lr"]
 
 
-def test_where_all_trials_diverge_the_first_one_is_kept(make: Make, tmp_path: Path) -> None:
+def test_if_all_trials_diverge_the_first_is_used(make: Make, tmp_path: Path) -> None:
     folder = make(tmp_path / "out", losses=("penex",), seeds=1, epochs=1, tune=2, lr=1e30)
     assert [record["validation"] for record in trials(folder, "penex")] == [{"last": None}] * 2
     config, _ = read_comparison(folder)

@@ -1,8 +1,8 @@
-"""Losses over several data sets: average ranks, pairwise tests, win rates and their diagram.
+"""Comparison of losses over several data sets: average ranks, pairwise tests and win rates.
 
-Input is one metric as a table with a row per data set and loss. What is independent is a *block*:
-several settings of one data set (label noise, training sizes) are not, so tests use one value per
-block, and the bootstrap draws whole blocks.
+The input is one metric, as a table with a row per data set and loss. The independent units are
+*blocks*: several settings of one data set (label noise, training sizes) are not independent, so
+they form one block. Tests use one value per block, and the bootstrap draws whole blocks.
 """
 
 import math
@@ -23,20 +23,20 @@ COLUMNS = ("data_set", "block", "loss", "value")
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """What several data sets say about a set of losses, for one metric.
+    """The results of a set of losses on several data sets, for one metric.
 
     Attributes:
-        ranks: Indexed by loss, from the best: "rank", the mean over blocks (1 is the best; ties
+        ranks: Indexed by loss, best first: "rank", the mean rank over blocks (1 is the best; ties
             share the mean of their ranks), and "wins", the share of data sets on which the loss
-            is the best (a tie of m counts 1/m).
+            is the best (a tie of m losses counts 1/m).
         p_values: Losses by losses, Holm-adjusted p-values of Wilcoxon's signed-rank test over
             blocks; 1 on the diagonal.
-        friedman: P-value of Friedman's test that all losses rank alike; NaN for fewer than three
-            losses, for which it does not exist.
+        friedman: P-value of Friedman's test that all losses rank equally; NaN for fewer than three
+            losses, for which the test is not defined.
         win_rates: Losses by losses, the share of data sets on which the row beats the column; ties
             count half. NaN on the diagonal.
-        win_low: Lower ends of their intervals.
-        win_high: Upper ends.
+        win_low: Lower ends of the intervals of `win_rates`.
+        win_high: Upper ends of the intervals of `win_rates`.
         data_sets: The number of data sets.
         blocks: The number of independent blocks.
     """
@@ -62,25 +62,25 @@ def leaderboard(
     """Ranks, tests and win rates of losses over data sets.
 
     Tests follow Demšar (2006), with the pairwise Wilcoxon tests and Holm's correction that
-    Benavoli, Corani & Mangili (2016) recommend: unlike Nemenyi's test they do not depend on which
-    other losses are in the pool. At least 6 blocks are needed for any p-value below 0.05, and more
-    after the correction.
+    Benavoli, Corani & Mangili (2016) recommend: unlike Nemenyi's test, they do not depend on which
+    other losses are compared. A p-value below 0.05 needs at least 6 blocks, and more after the
+    correction.
 
     Args:
-        results: Columns "data_set", "block", "loss" and "value" (the metric, mean over seeds). One
-            row for each data set and loss. "block" is the same for data sets that share their
-            rows; where all are independent it equals "data_set".
+        results: Columns "data_set", "block", "loss" and "value" (the metric, mean over seeds), with
+            one row for each data set and loss. "block" is the same for data sets that share their
+            rows; if all are independent, it equals "data_set".
         higher_is_better: The direction of the metric.
         level: Coverage of the intervals of win rates, in (0, 1).
-        resamples: Bootstrap samples of blocks for these (percentile intervals).
-        seed: Of the bootstrap.
+        resamples: Number of bootstrap samples of blocks for these percentile intervals.
+        seed: Seed of the bootstrap.
 
     Returns:
         The leaderboard of the data sets on which all losses have a finite value.
 
     Raises:
         ValueError: A column is missing; a data set has two values for a loss or two blocks; there
-            are fewer than two losses; or no data set has values for all of them.
+            are fewer than two losses; or no data set has values for all losses.
     """
     missing = [name for name in COLUMNS if name not in results]
     if missing:
@@ -123,17 +123,19 @@ def leaderboard(
 def critical_difference_diagram(
     board: Leaderboard, *, title: str = "", level: float = 0.95
 ) -> Figure:
-    """Average ranks on an axis; bars join losses that the tests do not distinguish (Demšar, 2006).
+    """Draw average ranks on an axis, with bars joining losses that do not differ (Demšar, 2006).
+
+    Losses are considered not to differ if the tests do not distinguish them.
 
     Args:
-        board: From :func:`leaderboard`.
-        title: Above the axis, for example the metric.
+        board: A result of :func:`leaderboard`.
+        title: Title above the axis, for example the metric.
         level: Losses are joined where their p-value is at least 1 - level.
 
     Returns:
         A figure 8 inches wide, to be saved at 100 dots per inch or more, or as SVG.
     """
-    import scikit_posthocs  # takes a second, and is needed here alone
+    import scikit_posthocs  # takes a second, and is needed only here
 
     losses = len(board.ranks)
     figure = Figure(figsize=(8, 1.5 + 0.3 * losses), layout="constrained")
@@ -149,7 +151,7 @@ def critical_difference_diagram(
         label_props={"fontsize": 10},
         marker_props={"s": 20},
         elbow_props={"linewidth": 0.8},
-        # A marker at each member: a bar may pass above a loss that it does not join.
+        # A marker at each joined loss: a bar may pass above a loss that it does not join.
         crossbar_props={"color": COLOURS[1], "linewidth": 3, "marker": "o", "markersize": 5},
         text_h_margin=0.05,
     )
@@ -180,8 +182,8 @@ def _p_values(of_block: pd.DataFrame) -> pd.DataFrame:
     first, second = np.triu_indices(len(losses), 1)
     raw = []
     for difference in (x[:, first] - x[:, second]).T:
-        # Pratt's treatment keeps data sets without a difference as evidence of none.
-        equal = not difference.any()  # for which the test is not defined
+        # Pratt's treatment keeps blocks without a difference, as evidence that there is none.
+        equal = not difference.any()  # the test is not defined then
         raw.append(1.0 if equal else stats.wilcoxon(difference, zero_method="pratt").pvalue)
     p = np.ones((len(losses), len(losses)))
     p[first, second] = p[second, first] = holm(raw)
@@ -191,7 +193,7 @@ def _p_values(of_block: pd.DataFrame) -> pd.DataFrame:
 def _win_rates(
     score: pd.DataFrame, level: float, resamples: int, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Rates, lower and upper ends. A bootstrap sample draws blocks with all their data sets."""
+    """Rates, lower and upper ends; bootstrap samples draw blocks with all their data sets."""
     x = score.to_numpy()
     beats = (x[:, :, None] > x[:, None]) + 0.5 * (x[:, :, None] == x[:, None])
     block, names = pd.factorize(score.index.get_level_values("block"))

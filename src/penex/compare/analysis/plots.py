@@ -20,11 +20,13 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from numpy.typing import NDArray
 
 from penex.compare.analysis.robustness import NORMS, summary
-from penex.compare.analysis.summary import curves, predictions, summarize
+from penex.compare.analysis.summary import predictions, summarize
 from penex.compare.config import Config
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_logits, run_folder
-from penex.compare.registry import LOSSES, REFERENCE, contender
+from penex.compare.files import replacing
+from penex.compare.finished_runs import read_curve, read_logits
+from penex.compare.output_folder import run_folder
+from penex.compare.registry import LOSSES, REFERENCE, parse_loss
 from penex.compare.training.selection import LAST, SELECTIONS
 from penex.metrics import Reliability, margins, reliability
 
@@ -143,7 +145,7 @@ def line_styles(specs: Iterable[str]) -> dict[str, LineStyle]:
     seen: set[str] = set()
     more = 0
     for spec in specs:
-        name = contender(spec).loss.name
+        name = parse_loss(spec).loss.name
         position = list(LOSSES).index(name) if name in LOSSES else len(COLOURS)
         if name not in seen and position < len(COLOURS):
             found[spec] = LineStyle(COLOURS[position], DASHES[0])
@@ -189,9 +191,9 @@ def gather(folder: Path, results: dict[str, Any]) -> list[LossResults]:
 
 
 def _curve(folder: Path, run: dict[str, Any], epochs: int) -> dict[str, Floats]:
-    curve = curves(folder, run["loss"], run["seed"])
+    where = run_folder(folder, run["loss"], run["seed"])
+    curve = read_curve(where)
     if any(name not in curve or len(curve[name]) != epochs for name in CURVES):
-        where = run_folder(folder, run["loss"], run["seed"])
         raise CompareError(
             f"{where / 'curve.csv'} is damaged (expected {', '.join(CURVES)} of {epochs} epochs); "
             f"remove {where} and run again"
@@ -413,4 +415,13 @@ def overview(comparison: Comparison, path: Path) -> None:
         left.legend()
         differences(right, results, loss_results)
         right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
-        figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+        save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture in the format that its ending says, without a date in it."""
+    dated = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix)
+    metadata = {dated: None} if dated else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as stream:
+        figure.savefig(stream, format=path.suffix[1:], dpi=200, metadata=metadata)

@@ -14,7 +14,8 @@ from penex.compare.analysis.leaderboard import critical_difference_diagram, lead
 from penex.compare.analysis.robustness import NORMS
 from penex.compare.analysis.summary import SCALINGS
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import report_full_disk, write_json, write_text
+from penex.compare.files import write_json, write_text
+from penex.compare.output_folder import report_full_disk
 from penex.compare.training.selection import LAST, SELECTIONS
 from penex.metrics import METRICS
 

@@ -1,11 +1,11 @@
-r"""Intervals, tests and decisions for paired comparisons over seeds. Arrays in, numbers out.
+r"""Intervals, tests and decisions for paired comparisons over seeds.
 
 A comparison trains every loss with the same J seeds. Two designs need two intervals:
 
-- *Resplits*: every seed draws its own test part from one pool of rows. The values overlap in their
-  rows, so they are correlated and :func:`resplit_interval` widens the t-interval for it.
+- *Resplits*: every seed draws its own test part from one pool of rows. The test parts overlap, so
+  the values are correlated, and :func:`resplit_interval` widens the t-interval accordingly.
 - *Fixed test rows*: the test part is given, or drawn once. Then both the seeds and the rows are
-  samples: :func:`crossed_interval` for metrics that are means over rows,
+  samples; use :func:`crossed_interval` for metrics that are means over rows, and
   :func:`crossed_bootstrap_interval` for all others.
 
 All return an :class:`Estimate`. :func:`decide` turns the estimates of one metric into a verdict.
@@ -43,14 +43,15 @@ class Estimate:
     Attributes:
         mean: Mean over the seeds (and rows). NaN without a seed.
         seeds: The number of seeds.
-        standard_error: Of the mean. This and all that follow are None where there is no interval:
-            with fewer than :data:`MIN_SEEDS` seeds, and where all values are the same number other
-            than zero, which says nothing about their spread.
+        standard_error: Standard error of the mean. This and all that follow are None if there is no
+            interval: with fewer than :data:`MIN_SEEDS` seeds, and if all values are the same number
+            other than zero, which says nothing about their spread.
         df: Degrees of freedom of the t-distribution.
         low: Lower end of the interval, at least the metric's lower bound.
         high: Upper end of the interval, at most the metric's upper bound.
-        p_value: Two-sided p-value of "the mean is zero", from the same t-distribution; the
-            interval that is not clipped excludes zero exactly where it is below 1 - level.
+        p_value: Two-sided p-value of the hypothesis that the mean is zero, from the same
+            t-distribution; it is below 1 - level exactly if the interval, before clipping, excludes
+            zero.
     """
 
     mean: float
@@ -76,24 +77,25 @@ def resplit_interval(
 
     .. math:: \bar d \pm t_{J-1} \sqrt{\Bigl(\frac1J + \frac{s}{1-s}\Bigr) S^2}.
 
-    The usual :math:`S^2 / J` is the variance of independent values. Two random test parts share a
-    fraction s of their rows, so values that vary with the test rows have the correlation s; then
-    :math:`E[S^2] = (1 - s) \sigma^2` and the variance of the mean is
-    :math:`\sigma^2 (s + (1-s)/J)`, which is the formula. If all rows outside the test part are
+    The usual :math:`S^2 / J` is the variance of the mean of independent values. Two random test
+    parts share a fraction s of their rows, so values that vary with the test rows have the
+    correlation s; then :math:`E[S^2] = (1 - s) \sigma^2` and the variance of the mean is
+    :math:`\sigma^2 (s + (1-s)/J)`, which gives the formula. If all rows outside the test part are
     used for training, :math:`s / (1 - s) = n_\text{test} / n_\text{train}` as in the paper.
 
     s is an approximation: no estimate of that correlation is unbiased (Bengio & Grandvalet, 2004).
-    The interval is right where the rows of the test part make most of the noise. It is too wide
-    where the training itself does (initialisation, small training sets), and too narrow where the
-    differences depend mainly on which rows are in the training part, which splits share as well.
+    The interval is correct if most of the noise comes from the rows of the test part. It is too
+    wide if most comes from the training itself (initialisation, small training sets), and too
+    narrow if the differences depend mainly on which rows are in the training part, because training
+    parts overlap as well.
 
     Args:
         values: (J,) one per seed: paired differences, or values of one loss.
-        test_share: s in (0, 1): the test rows over all rows *from which test rows are drawn*.
-            Validation rows are among the others, because the procedure under test learns from
-            them. So are rows that no part uses (a small `train_size`): they do not change which
-            rows two test parts share, and n_test / n_train would inflate the variance without
-            limit.
+        test_share: s in (0, 1): the number of test rows divided by that of all rows *from which
+            test rows are drawn*. Validation rows belong to the denominator, because the procedure
+            under test learns from them. So do rows that no part uses (a small `train_size`): they
+            do not change which rows two test parts share, and n_test / n_train would inflate the
+            variance without limit.
         level: Coverage, in (0, 1).
         bounds: The smallest and largest possible value; the interval is clipped to them.
 
@@ -120,25 +122,26 @@ def crossed_interval(
     level: float = 0.95,
     bounds: tuple[float, float] = UNBOUNDED,
 ) -> Estimate:
-    r"""Interval for a mean over seeds and test rows, both random and all combined with each other.
+    r"""Interval for a mean over seeds and test rows, both random and fully crossed.
 
     With the two-way random-effects model :math:`d_{ji} = \mu + a_j + b_i + e_{ji}` and the mean
     squares of its analysis of variance, the variance of the grand mean is estimated by
 
     .. math:: V = (MS_\text{seeds} + MS_\text{rows} - MS_\text{residual}) / (J n),
 
-    without bias, and never below what either factor alone gives. It is also the two-way
-    cluster-robust variance (Cameron, Gelbach & Miller, 2011). The quantile is that of t with
-    Satterthwaite's (1946) degrees of freedom: close to J - 1 where the seeds dominate, to n - 1
-    where the rows do. A bootstrap over 5 seeds would be too narrow by the factor
+    which is unbiased, and then raised to what either factor alone gives if it is below that. It is
+    also the two-way cluster-robust variance (Cameron, Gelbach & Miller, 2011). The quantile is that
+    of a t-distribution with Satterthwaite's (1946) degrees of freedom: close to J - 1 if the seeds
+    dominate, to n - 1 if the rows do. A bootstrap over 5 seeds would be too narrow by the factor
     :math:`\sqrt{4/5}` and use a normal quantile.
 
-    The interval is conditional on the rows outside the test part: it says what other seeds and
-    other test rows would give, not another training set.
+    The interval is conditional on the rows outside the test part: it covers the variation over
+    other seeds and other test rows, but not over other training sets.
 
     Args:
         values: (J, n) per seed and row, in the same order of rows for all seeds: differences of
-            per-row losses, or per-row losses themselves; -log p_y, Brier terms, 0/1 for right.
+            per-row metrics, or per-row metrics themselves, such as -log p_y, Brier terms, or 1 for
+            a correct prediction and 0 for others.
         level: Coverage, in (0, 1).
         bounds: The smallest and largest possible mean; the interval is clipped to them.
 
@@ -179,19 +182,19 @@ def crossed_bootstrap_interval(
     level: float = 0.95,
     bounds: tuple[float, float] = UNBOUNDED,
 ) -> Estimate:
-    r"""As :func:`crossed_interval`, for metrics that are no means over rows (ECE, macro-F1, AURC).
+    r"""As :func:`crossed_interval`, for metrics that are not means over rows (ECE, macro-F1, AURC).
 
-    The variance over seeds is that of `values`; the variance over rows that of R bootstrap
+    The variance over seeds is that of `values`; the variance over rows is that of R bootstrap
     samples of rows, each drawn once and used for all seeds (and for both members of a pair). With
     :math:`v_j` the bootstrap variance of seed j and :math:`v` that of the mean over seeds, the
     three terms of :math:`V` are :math:`S^2 / J`, :math:`v` and
-    :math:`(\tfrac1J \sum_j v_j - v) / (J - 1)`. For means over rows this is
-    :func:`crossed_interval` up to the noise of the bootstrap.
+    :math:`(\tfrac1J \sum_j v_j - v) / (J - 1)`. For means over rows, the result is that of
+    :func:`crossed_interval` up to bootstrap noise.
 
     Args:
         values: (J,) the metric per seed on all rows: paired differences, or values of one loss.
-        resampled: (R, J) the same on R >= 2 bootstrap samples of the rows; 200 give the standard
-            error to 5 %.
+        resampled: (R, J) the same on R >= 2 bootstrap samples of the rows; 200 samples give the
+            standard error to within 5 %.
         rows: n >= 2, the number of test rows.
         level: Coverage, in (0, 1).
         bounds: The smallest and largest possible value; the interval is clipped to them.
@@ -201,7 +204,7 @@ def crossed_bootstrap_interval(
         the bootstrap samples, which are biased for an ECE.
 
     Raises:
-        ValueError: Shapes other than those, numbers that are not finite, or `level` outside (0, 1).
+        ValueError: Other shapes, numbers that are not finite, or `level` outside (0, 1).
     """
     d, draws = _finite(values, "values", ndim=1), _finite(resampled, "resampled", ndim=2)
     if draws.shape[1] != len(d) or len(draws) < 2:
@@ -226,15 +229,16 @@ def crossed_bootstrap_interval(
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """P-values adjusted for their number by Holm's step-down method (1979).
+    """Adjust p-values for multiple testing by Holm's step-down method (1979).
 
-    Rejecting those below 0.05 keeps the chance of any wrong rejection at 5 %, under any dependence.
+    Rejecting those below 0.05 keeps the probability of any false rejection at or below 5 %, under
+    any dependence.
 
     Args:
         p_values: (m,) in [0, 1]; m may be 0.
 
     Returns:
-        (m,) adjusted p-values in the order given.
+        (m,) adjusted p-values, in the order of `p_values`.
 
     Raises:
         ValueError: `p_values` is not a vector of numbers in [0, 1].
@@ -253,16 +257,16 @@ class Decision:
     """What one metric says about a set of losses.
 
     Attributes:
-        reference: The loss all others are compared with.
+        reference: The loss that all others are compared with.
         best: The loss with the best mean among the complete ones; None if there is none.
         starred: `best`, if it is clearly the best; otherwise None. See :func:`decide`.
         best_group: `best` and every loss that cannot be distinguished from it, from best to worst.
         better: Losses that are better than the reference.
         worse: Losses that are worse than the reference.
-        incomplete: Losses that lack a value for at least one seed. They take no part.
+        incomplete: Losses that lack a value for at least one seed; they are not compared.
         differences: Loss minus reference, for every other complete loss.
         p_adjusted: Holm-adjusted p-values of `differences`; None where there is no interval.
-        threshold: The smallest absolute difference that counted.
+        threshold: The smallest absolute difference that counts.
     """
 
     reference: str
@@ -287,7 +291,7 @@ def decide(
     printed_step: float = 0.0,
     level: float = 0.95,
 ) -> Decision:
-    """Which losses are better or worse than the reference, and whether one is clearly the best.
+    """Decide which losses are better or worse than the reference, and if one is clearly the best.
 
     Two losses are *distinguished* if the Holm-adjusted p-value of their paired difference is below
     1 - level and the difference is at least the threshold, the larger of `smallest_difference`
@@ -301,14 +305,14 @@ def decide(
     Args:
         values: Per loss (J,) the metric per seed, seeds in the same order; NaN where a run
             diverged or is missing.
-        compare: The estimate of the paired difference first minus second, from one of the
-            functions above. Called with two complete losses.
+        compare: A function that returns the estimate of the paired difference first minus second,
+            from one of the functions above. It is called with two complete losses.
         reference: The loss that the others are compared with. If it is not in `values`, or
             incomplete, nothing is better, worse or starred.
         higher_is_better: The direction of the metric.
         smallest_difference: The smallest difference that matters, in units of the metric.
         printed_step: One unit of the last printed digit, in units of the metric.
-        level: 1 - the error rate of each family.
+        level: 1 minus the error rate of each family.
 
     Returns:
         The decision.
@@ -401,7 +405,7 @@ def _crossed(
     level: float,
     bounds: tuple[float, float],
 ) -> Estimate:
-    """The interval from the mean squares, each over J n."""
+    """The interval from the mean squares, each divided by J n."""
     seeds, rows = shape
     variance = max(seed_term + row_term - residual_term, seed_term, row_term)
     spread = (
@@ -424,7 +428,7 @@ def _estimate(
     if not 0 < level < 1:
         raise ValueError(f"level: expected a value in (0, 1), got {level}")
     error = math.sqrt(variance)
-    if error <= 1e-12 * abs(mean):  # equal but for rounding
+    if error <= 1e-12 * abs(mean):  # equal up to rounding
         if mean != 0:
             return Estimate(mean, seeds)
         p_value = 1.0

@@ -1,9 +1,8 @@
-"""From saved logits to numbers: metrics of every run, then means, intervals and differences.
+"""The summary of a comparison from saved logits: metrics, means, intervals and differences.
 
-No network runs here. `summarize` may be called at any time on whatever runs are finished.
+No network is evaluated here. `summarize` may be called at any time on the runs finished so far.
 """
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ from penex.compare.analysis.statistics import (
 )
 from penex.compare.config import Config, check_metric
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_comparison, read_json, read_logits, run_folder
-from penex.compare.registry import REFERENCE, contender
+from penex.compare.files import read_json, reading
+from penex.compare.finished_runs import read_logits, read_run
+from penex.compare.output_folder import read_comparison, read_timing, run_folder
+from penex.compare.registry import REFERENCE, parse_loss
 from penex.compare.training.selection import SELECTIONS
 from penex.metrics import (
     METRICS,
@@ -41,28 +42,28 @@ SCALINGS = {
     "scaled": "the same after temperature scaling",
     "softmax": "plain softmax",
 }
-"""What probabilities are made of logits, with their titles in reports."""
+"""The ways to turn logits into probabilities, with their titles in reports."""
 LEVEL = 0.95
 PRINTED_STEP = 0.001
-"""The last digit of a metric as tables print it, of shares too: 0.1 %."""
+"""One unit of the last digit with which tables print a metric; for shares, 0.1 %."""
 FLOOR_DRAWS = 20
 SCHEMA = 2
 GROUPS = 10
-"""Into so many groups test rows are divided for the interval of a metric that is no mean."""
+"""Number of groups of test rows for the interval of a metric that is not a mean over rows."""
 
 Floats = NDArray[np.float64]
 Key = tuple[str, int]
-"""A run: its loss and its seed."""
+"""A run, by its loss and its seed."""
 
 
 class Predictions(NamedTuple):
-    """What a network says of validation and test rows at a selected epoch.
+    """The predictions of a network on test rows at a selected epoch.
 
     Attributes:
         test: Log-probabilities of the link, shape (N, K).
         target: Labels, shape (N,).
         softmax: Log-probabilities of plain softmax, shape (N, K).
-        temperature: Fitted to the link's log-probabilities on validation rows.
+        temperature: Temperature fitted to the link's log-probabilities on validation rows.
     """
 
     test: Floats
@@ -71,7 +72,7 @@ class Predictions(NamedTuple):
     temperature: float
 
     def scaled(self, scaling: str) -> Floats:
-        """Logits whose softmax are the probabilities of a scaling."""
+        """Logits whose softmax gives the probabilities of a scaling."""
         if scaling == "softmax":
             return self.softmax
         return self.test / self.temperature if scaling == "scaled" else self.test
@@ -83,13 +84,14 @@ def predictions(
     """The predictions of a run at a selection.
 
     Args:
-        config: Of the comparison.
+        config: The configuration of the comparison.
         record: The content of run.json.
         saved: The content of logits.npz.
         selection: One of :data:`~penex.compare.training.selection.SELECTIONS`.
 
     Returns:
-        None where no epoch was finite, or the logits of the selected one are not.
+        The predictions; None if no epoch had finite scores, or the logits of the selected epoch are
+        not finite.
     """
     epoch = record["epochs"].get(selection)
     if epoch is None:
@@ -98,7 +100,7 @@ def predictions(
     if not all(np.isfinite(part).all() for part in logits):
         return None
     knob = math.nan if record["knob"] is None else record["knob"]
-    link = contender(record["loss"]).loss.link(knob, logits[0].shape[1])
+    link = parse_loss(record["loss"]).loss.link(knob, logits[0].shape[1])
     validation, test = (link(torch.from_numpy(part)).numpy() for part in logits)
     temperature = fit_temperature(validation, saved["validation_target"])
     softmax = torch.from_numpy(logits[1]).log_softmax(1).numpy()
@@ -108,7 +110,7 @@ def predictions(
 def summarize(
     folder: Path, *, metric: str | None = None, min_difference: float | None = None
 ) -> dict[str, Any]:
-    """Everything that tables and pictures show, as plain values: the content of results.json.
+    """Everything that tables and figures show, as plain values: the content of results.json.
 
     Args:
         folder: An output folder.
@@ -116,8 +118,8 @@ def summarize(
         min_difference: Its smallest difference that matters, in place of the configuration's.
 
     Raises:
-        CompareError: `folder` holds no comparison, no finished run, or a damaged file; or there is
-            no such metric.
+        CompareError: `folder` contains no comparison, no finished run, or a damaged file; or there
+            is no such metric.
     """
     config, data = read_comparison(folder)
     chosen = {"metric": metric, "min_difference": min_difference}
@@ -152,7 +154,7 @@ def summarize(
         "summary": summary,
         "primary": _primary(design, summary),
         "baseline": _baseline(folder, design),
-        "seconds_per_epoch": _seconds(folder),
+        "seconds_per_epoch": read_timing(folder),
         "published": _published(folder, config, runs),
         "runs": [run.record for run in runs],
     }
@@ -160,13 +162,13 @@ def summarize(
 
 @dataclass(frozen=True)
 class _Run:
-    """The record of one run with its metrics, and what intervals need besides."""
+    """The record of one run with its metrics, and further values that intervals need."""
 
     record: dict[str, Any]
     rows: dict[tuple[str, str], dict[str, Floats]]
-    """By selection and scaling: metrics that are means over rows, for each row."""
+    """By selection and scaling: for each row, the metrics that are means over rows."""
     groups: dict[tuple[str, str], dict[str, Floats]]
-    """By selection and scaling: jackknife pseudo-values of the others, for each group of rows."""
+    """By selection and scaling: for each group of rows, the jackknife pseudo-values of a metric."""
 
     @property
     def key(self) -> Key:
@@ -175,8 +177,9 @@ class _Run:
 
 def _run(folder: Path, config: Config, spec: str, seed: int, *, fixed_test: bool) -> _Run:
     where = run_folder(folder, spec, seed)
-    record: dict[str, Any] = read_json(where / "run.json")
-    saved = read_logits(where)
+    record, saved = read_run(where)
+    if (record["loss"], record["seed"]) != (spec, seed):
+        raise CompareError(f"{where / 'run.json'} is of another run; remove {where} and run again")
     record |= {"temperature": {}, "test": {}, "floor": {}, "extreme_rows": None}
     run = _Run(record, {}, {})
     known: dict[int | None, str] = {}  # selections often share an epoch
@@ -197,7 +200,7 @@ def _run(folder: Path, config: Config, spec: str, seed: int, *, fixed_test: bool
 
 
 def _evaluate(run: _Run, selection: str, found: Predictions | None) -> None:
-    """The metrics of a run at a selection, None where it diverged."""
+    """Add the metrics of a run at a selection to its record; None if the run diverged."""
     record = run.record
     if found is None:
         record["temperature"][selection] = None
@@ -212,7 +215,7 @@ def _evaluate(run: _Run, selection: str, found: Predictions | None) -> None:
 
 
 def _examine(run: _Run, selection: str, found: Predictions, fixed_test: bool) -> None:
-    """What is computed only at the selection that the recommendation is based on."""
+    """Add the values needed only at the selection on which the recommendation is based."""
     losses = np.sort(run.rows[selection, "link"]["nll"])[::-1]
     few = max(1, len(losses) // 100)
     run.record["extreme_rows"] = {
@@ -233,10 +236,10 @@ def _pseudo_values(
 ) -> dict[str, Floats]:
     """Jackknife pseudo-values by metric, one for each of :data:`GROUPS` groups of rows.
 
-    Their variation stands for that of a metric that is no mean over rows as the variation of rows
-    does for one that is (Tukey, 1958): G times the value on all rows less G - 1 times the value
-    without the group. They are shifted to have the value on all rows as their mean, because the
-    tables show that value, not the jackknife's estimate of what more rows would give.
+    A pseudo-value is G times the value on all rows minus G - 1 times the value without the group.
+    For a metric that is not a mean over rows, the pseudo-values replace the per-row values in the
+    interval (Tukey, 1958). They are shifted so that their mean is the value on all rows, because
+    the tables show that value and not the bias-corrected estimate of the jackknife.
     """
     n = len(target)
     if n < 2 * GROUPS:
@@ -263,12 +266,12 @@ class _Design:
             for seed in range(config.seeds)
             if all((spec, seed) in self.runs for spec in self.losses)
         ]
-        """Those at which every loss with a finished run has one."""
+        """The seeds at which every loss with a finished run has one."""
         self.fixed_test = fixed_test
         """Whether the test rows are the same at all seeds."""
 
     def values(self, spec: str, selection: str, scaling: str, metric: str) -> Floats:
-        """A metric by seed; NaN where the run diverged."""
+        """The values of a metric by seed; NaN where the run diverged."""
         found = []
         for seed in self.seeds:
             result = self.runs[spec, seed].record["test"][selection][scaling]
@@ -279,10 +282,9 @@ class _Design:
     def estimate(
         self, specs: Sequence[str], selection: str, scaling: str, metric: str
     ) -> Estimate | None:
-        """Of the metric of a loss, or of the difference between the first loss and the second.
+        """The estimate of the metric of one loss, or of the difference between two losses.
 
-        None if no run has a value. A loss of which some runs diverged has an estimate from the
-        others.
+        It is based on the seeds at which no run of these losses diverged; None if there are none.
         """
         values = np.array([self.values(spec, selection, scaling, metric) for spec in specs])
         sign = np.array([1.0, -1.0])[: len(specs)]
@@ -315,9 +317,9 @@ class _Design:
 def _column(
     design: _Design, selection: str, scaling: str, metric: str
 ) -> tuple[dict[str, Any], Decision]:
-    """One metric for every loss: its interval, its difference to the reference and what is better.
+    """One metric for every loss: its interval and difference to the reference; and the decision.
 
-    A column is a family of comparisons with the reference; its p-values are adjusted by Holm.
+    A column is one family of comparisons with the reference for Holm's correction.
     """
 
     def compare(first: str, second: str) -> Estimate:
@@ -374,12 +376,12 @@ def _plain(estimate: Estimate | None) -> dict[str, Any]:
 
 
 def primary_scaling(selection: str) -> str:
-    """The scaling of the metric of the recommendation: that by which the epoch was selected."""
+    """The scaling in which the recommendation's metric is computed, given by the selection."""
     return "scaled" if selection == "refined" else "link"
 
 
 def _primary(design: _Design, summary: dict[str, Any]) -> dict[str, Any]:
-    """What the primary metric says; its column gets the star."""
+    """The decision for the primary metric; a starred loss is also marked in `summary`."""
     metric, selection = design.config.metric, design.config.select
     scaling = primary_scaling(selection)
     _, decision = _column(design, selection, scaling, metric)
@@ -413,20 +415,15 @@ def _baseline(folder: Path, design: _Design) -> dict[str, float | None]:
     return _finite(means)
 
 
-def _seconds(folder: Path) -> dict[str, float]:
-    """Seconds of a training epoch of each loss, measured alone; nothing if it was not."""
-    path = folder / "timing.json"
-    return dict(read_json(path)) if path.exists() else {}
-
-
 def _loss(spec: str, runs: Sequence[_Run]) -> dict[str, Any]:
-    who = contender(spec)
+    candidate = parse_loss(spec)
+    knob = candidate.loss.knob
     own = [run.record for run in runs if run.record["loss"] == spec]
     return {
         "spec": spec,
-        "label": who.label,
-        "knob": who.loss.knob.name if who.loss.knob else None,
-        "symbol": who.loss.knob.symbol if who.loss.knob else None,
+        "label": candidate.label,
+        "knob": knob.name if knob else None,
+        "symbol": knob.symbol if knob else None,
         "value": own[0]["knob"] if own else None,
         "lr": own[0]["lr"] if own else None,
         "runs": len(own),
@@ -438,15 +435,19 @@ def _loss(spec: str, runs: Sequence[_Run]) -> dict[str, Any]:
 def _published(folder: Path, config: Config, runs: Sequence[_Run]) -> list[dict[str, Any]]:
     """The entries of published.json, if there is one, each with our mean over seeds as "ours".
 
-    An entry is of a loss and has a metric (as in :data:`METRICS`, on test rows; or validation_nll),
-    the selection "at" which it was taken, the "scaling" of its probabilities, the published value
-    and its source.
+    An entry has a "loss", a "metric" (one of :data:`METRICS`, on test rows; or validation_nll), the
+    selection "at" which the metric was computed, the "scaling" of the probabilities, the published
+    "value" and its "source".
     """
     path = folder / "published.json"
     if not path.exists():
         return []
     found = []
-    for entry in read_json(path):
+    remedy = "remove it, or run penex reproduce again"
+    entries = read_json(path, remedy)
+    with reading(path, remedy):
+        entries = list(entries)
+    for entry in entries:
         try:
             spec, metric, at = entry["loss"], entry["metric"], entry["at"]
             scaling = entry.get("scaling", "link")
@@ -457,8 +458,8 @@ def _published(folder: Path, config: Config, runs: Sequence[_Run]) -> list[dict[
             if at not in SELECTIONS:
                 raise ValueError(f"at {at!r}")
             published = {"value": float(entry["value"]), "source": str(entry["source"])}
-        except (KeyError, TypeError, ValueError) as error:
-            raise CompareError(f"{path}: an entry is not understood ({error})") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CompareError(f"{path}: an entry is invalid ({error})") from None
         if spec not in config.losses:
             continue
         own = [run.record for run in runs if run.record["loss"] == spec]
@@ -470,7 +471,7 @@ def _published(folder: Path, config: Config, runs: Sequence[_Run]) -> list[dict[
         values = [result[name] for result in results if result and result[name] is not None]
         ours = {"mean": float(np.mean(values)) if values else None, "n": len(values)}
         found.append(
-            {"loss": spec, "label": contender(spec).label, "metric": metric, "at": at}
+            {"loss": spec, "label": parse_loss(spec).label, "metric": metric, "at": at}
             | published
             | {"ours": ours}
         )
@@ -479,16 +480,3 @@ def _published(folder: Path, config: Config, runs: Sequence[_Run]) -> list[dict[
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def curves(folder: Path, spec: str, seed: int) -> dict[str, Floats]:
-    """The columns of a run's curve.csv."""
-    path = run_folder(folder, spec, seed) / "curve.csv"
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-    except (OSError, ValueError, IndexError, TypeError) as error:
-        raise CompareError(
-            f"{path} is damaged ({error}); remove {path.parent} and run again"
-        ) from None

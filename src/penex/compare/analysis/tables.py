@@ -1,4 +1,4 @@
-"""The tables of a comparison, for terminals, LaTeX and Markdown, from results.json's content."""
+"""The tables of a comparison from results.json, for terminals, LaTeX and Markdown."""
 
 import math
 import re
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from penex._terminal import printable
 from penex.compare.analysis.leaderboard import Leaderboard
 from penex.compare.analysis.robustness import NORMS, summary
 from penex.compare.analysis.summary import primary_scaling
@@ -36,13 +37,13 @@ class Cell(NamedTuple):
     """A number as the tables show it."""
 
     value: str
-    """mean±half width, mean [low, high] where the interval is cut off at what is possible, or what
-    stands in its place"""
+    """Mean ± half-width; mean [low, high] if the interval is clipped to the metric's bounds; a dash
+    if there is no value."""
     difference: str = ""
-    """to the reference, in the same form; empty for the reference itself"""
+    """The difference to the reference, in the same form; empty for the reference itself."""
     best: bool = False
     sign: int = 0
-    """1 or -1 where the loss is better or worse than the reference, else 0."""
+    """1 if the loss is better than the reference, -1 if it is worse, else 0."""
 
 
 class Row(NamedTuple):
@@ -57,7 +58,7 @@ class Row(NamedTuple):
 
 
 def header() -> list[str]:
-    """The columns after the loss."""
+    """The titles of the columns after the loss."""
     return [_title(name, " (T)" if scaling == "scaled" else "") for name, scaling in COLUMNS]
 
 
@@ -75,7 +76,7 @@ def _label(loss: dict[str, Any]) -> str:
 
 
 def rows(results: dict[str, Any], selection: str) -> Iterator[Row]:
-    """The table at a selection, the majority class first."""
+    """The rows of the table at a selection, the majority class first."""
     table = results["summary"][selection]
     yield Row("Majority class", "", "", [_of_majority(results, *column) for column in COLUMNS])
     for loss in results["losses"]:
@@ -96,13 +97,13 @@ def _of_majority(results: dict[str, Any], name: str, scaling: str) -> Cell:
 
 
 def _calibration(table: dict[str, Any], spec: str) -> Cell:
-    """NLL less NLL after temperature scaling."""
+    """NLL minus NLL after temperature scaling."""
     whole, refined = (table[scaling]["nll"][spec]["mean"] for scaling in ("link", "scaled"))
     return Cell("–" if whole is None else signed(METRICS["nll"], whole - refined).removeprefix("+"))
 
 
 def span(epochs: Sequence[int | None]) -> str:
-    """Epochs from the first to the last, as in "epochs 34–61"."""
+    """The range of epochs, as in "epochs 34–61"."""
     known = sorted(epoch for epoch in epochs if epoch is not None)
     if not known:
         return ""
@@ -154,13 +155,13 @@ class Selection(NamedTuple):
 
 
 def selections_header() -> list[str]:
-    """The columns after the loss in the table that compares the selections."""
+    """The titles of the columns after the loss in the table that compares the selections."""
     names = [_title(name, " (T)" * (scaling == "scaled")) for name, scaling in BY_SELECTION]
     return ["Epoch by validation", "Epochs", *names]
 
 
 def selections(results: dict[str, Any]) -> Iterator[tuple[str, list[Selection]]]:
-    """For every loss, what each selection gives."""
+    """For every loss, its results at each selection."""
     for loss in results["losses"]:
         found = []
         for selection, title in SHORT_SELECTIONS.items():
@@ -176,7 +177,7 @@ def selections(results: dict[str, Any]) -> Iterator[tuple[str, list[Selection]]]
 
 
 def timing(results: dict[str, Any]) -> str:
-    """Time of a training epoch of each loss, measured alone; empty if it was not."""
+    """A sentence on the time of a training epoch of each loss; empty if not measured."""
     seconds = results["seconds_per_epoch"]
     if not seconds:
         return ""
@@ -190,7 +191,7 @@ def timing(results: dict[str, Any]) -> str:
 
 
 def floor(results: dict[str, Any]) -> str:
-    """The smooth ECE that calibrated predictions would have; empty if unknown."""
+    """Sentences on the smooth ECE that calibrated predictions would have; empty if unknown."""
     floors = [run["floor"] for run in results["runs"] if run["floor"]]
     if not floors:
         return ""
@@ -205,7 +206,7 @@ def floor(results: dict[str, Any]) -> str:
 
 
 class Published(NamedTuple):
-    """A published value beside ours."""
+    """A published value and ours."""
 
     label: str
     metric: str
@@ -248,7 +249,7 @@ class Attacked(NamedTuple):
 
 
 ROBUST_LEGEND = (
-    "Accuracy on test rows that an adversary may change within the radius. A row counts as right "
+    "Accuracy on test rows that an adversary may change within the radius. A row counts as correct "
     "if it withstands all attacks: PGD and, from AutoAttack and where they apply, APGD on "
     "cross-entropy, APGD on the difference of logits ratio, and Square. Mean over seeds ± "
     "half-width of the 95 % interval. Filled markers, solid lines: selected epoch; hollow, "
@@ -257,7 +258,7 @@ ROBUST_LEGEND = (
 
 
 def robust(results: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[Attacked]:
-    """A table per norm of what :mod:`penex.paper.attacks` recorded."""
+    """The tables of the accuracies recorded by :mod:`penex.paper.attacks`, one per norm."""
     found = []
     for norm in {record["norm"]: None for record in records}:
         own = [record for record in records if record["norm"] == norm]
@@ -274,7 +275,7 @@ def robust(results: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[A
 
 
 def radius_name(radius: float) -> str:
-    """A radius as people write it: 2/255, 0.25."""
+    """Format a radius in the usual notation: 2/255, 0.25."""
     steps = radius * 255
     if 0 < steps < 64 and abs(steps - round(steps)) < 1e-6:
         return f"{round(steps)}/255"
@@ -288,7 +289,7 @@ def _share(cell: dict[str, Any] | None) -> str:
 
 
 _STYLES = {1: "green", 0: "", -1: "red"}
-"""Of a difference to the reference in a terminal."""
+"""Styles of differences to the reference in a terminal, by sign."""
 
 MERGED = (("accuracy", "link"), ("nll", "link"), ("nll", "scaled"), ("brier", "scaled"))
 """Metric and scaling of the table of several comparisons."""
@@ -311,7 +312,7 @@ class Ranking(NamedTuple):
 def tidy(several: Sequence[dict[str, Any]], metric: str) -> pd.DataFrame:
     """A metric of several comparisons, in the columns of :func:`~.leaderboard.leaderboard`.
 
-    Of the losses that all of them have.
+    Only losses that are part of all comparisons are included.
     """
     common = set.intersection(*({loss["label"] for loss in each["losses"]} for each in several))
     lines = []
@@ -329,7 +330,7 @@ def tidy(several: Sequence[dict[str, Any]], metric: str) -> pd.DataFrame:
 
 
 def ranking(title: str, board: Leaderboard, picture: str) -> Ranking:
-    """The rows of a leaderboard, from the best average rank."""
+    """The rows of a leaderboard, ordered by average rank, best first."""
     reference = LOSSES[REFERENCE].label
     header = ["Loss", "Average rank", "Best on, %"]
     against = reference in board.ranks.index
@@ -359,7 +360,7 @@ def ranking(title: str, board: Leaderboard, picture: str) -> Ranking:
 
 
 def softmax(results: dict[str, Any], selection: str) -> list[str]:
-    """NLL by plain softmax for every loss, "" where it is the link; empty if it is for all."""
+    """NLL of plain softmax for every loss, "" if softmax is its link; empty if it is for all."""
     found = []
     for loss in results["losses"]:
         link, plain = (
@@ -379,14 +380,14 @@ class Line(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A comparison in the table of several."""
+    """A comparison in the table of several comparisons."""
 
     title: str
     lines: list[Line]
 
 
 def merged_header() -> list[str]:
-    """The columns after the loss."""
+    """The titles of the columns after the loss."""
     return [_title(name, " (T)" if scaling == "scaled" else "") for name, scaling in MERGED]
 
 
@@ -407,7 +408,7 @@ def merged(several: Sequence[dict[str, Any]], selection: str) -> list[Block]:
 
 
 def titles(several: Sequence[dict[str, Any]]) -> list[str]:
-    """What each comparison is of, in a few words; numbered where these are the same."""
+    """A short title for each comparison; equal titles are numbered."""
     found = []
     for results in several:
         config, rows = results["config"], results["runs"][0]["rows"]
@@ -429,7 +430,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def caption(results: dict[str, Any]) -> str:
-    """What the numbers are of, in words."""
+    """The caption of a table: data set, rows, seeds and tuning."""
     config = results["config"]
     counts = results["runs"][0]["rows"]
     noise = ""
@@ -441,7 +442,7 @@ def caption(results: dict[str, Any]) -> str:
     done, planned = len(results["runs"]), results["planned_runs"]
     unfinished = "" if done == planned else f" Unfinished: {done} of {planned} runs."
     fixed = results["primary"]["fixed_test"]
-    shared = "the same for all seeds" if fixed else "drawn anew for each seed"
+    shared = "the same for all seeds" if fixed else "drawn separately for each seed"
     return (
         f"{results['data']['name']}: {counts['train']} training, {counts['validation']} validation "
         f"and {counts['test']} test rows ({shared}), {seeds}{noise}. "
@@ -450,7 +451,7 @@ def caption(results: dict[str, Any]) -> str:
 
 
 def legend(results: dict[str, Any]) -> str:
-    """How the numbers of the tables are to be read."""
+    """Explanation of the numbers in the tables."""
     if results["primary"]["fixed_test"]:
         method = "over seeds and test rows"
     else:
@@ -473,9 +474,9 @@ MERGED_LEGEND = (
 
 
 def terminal(results: dict[str, Any], selection: str, width: int) -> Table:
-    """For Rich to print on `width` columns, each ± on a line of its own where they do not suffice.
+    """A Rich table for `width` columns; if too narrow, each ± starts a new line.
 
-    Nothing is cut off on 80 columns or more.
+    Nothing is truncated on 80 columns or more.
     """
     table = _terminal(results, selection, stacked=False)
     needed = Console(width=1000).measure(table).maximum
@@ -485,7 +486,7 @@ def terminal(results: dict[str, Any], selection: str, width: int) -> Table:
 def _terminal(results: dict[str, Any], selection: str, *, stacked: bool) -> Table:
     table = _bare(f"Test results: {in_sentence(selection)}")
     table.leading = int(stacked)
-    table.add_column("Loss")  # wraps between words; from numbers Rich would cut the end off
+    table.add_column("Loss")  # may wrap; in columns of numbers Rich would truncate instead
     for title in header():
         text = title.replace(" ", "\n", 1) if stacked else title
         table.add_column(f"{text} ", justify="right", no_wrap=True)
@@ -509,7 +510,7 @@ def _stacked(text: str) -> str:
 
 
 def selections_terminal(results: dict[str, Any]) -> Table:
-    """For Rich to print on 80 columns or more: every loss at all selections."""
+    """A Rich table for 80 columns or more: every loss at all selections."""
     table = _bare("Test results by selected epoch")
     table.add_column("Loss")
     for place, title in enumerate(selections_header()):
@@ -518,12 +519,12 @@ def selections_terminal(results: dict[str, Any]) -> Table:
         lines = [[one.title, one.epochs, *one.values] for one in found]
         columns = zip(*lines, strict=True)
         cells = ("\n".join(f" {value}" for value in column) for column in columns)
-        table.add_row(Text(label), *cells)  # in one row: a long label wraps beside its lines
+        table.add_row(Text(label), *cells)  # one row per loss: a long label wraps beside it
     return table
 
 
 def _bare(title: str) -> Table:
-    """A table with a rule below its header and no other line."""
+    """An empty table with a rule below its header and no other lines."""
     return Table(
         title=Text(title),
         title_justify="left",
@@ -534,9 +535,9 @@ def _bare(title: str) -> Table:
 
 
 def merged_terminal(several: Sequence[dict[str, Any]], selection: str) -> Iterator[Table]:
-    """For Rich to print on 80 columns or more, a table for each comparison."""
+    """Rich tables for 80 columns or more, one for each comparison."""
     for block in merged(several, selection):
-        table = _bare(f"{block.title}: {in_sentence(selection)}")
+        table = _bare(printable(f"{block.title}: {in_sentence(selection)}"))
         table.add_column("Loss")
         for title in merged_header():
             table.add_column(f"{title} ", justify="right", no_wrap=True)
@@ -550,7 +551,7 @@ def merged_terminal(several: Sequence[dict[str, Any]], selection: str) -> Iterat
 
 
 def merged_markdown(several: Sequence[dict[str, Any]], selection: str) -> str:
-    """A pipe table with a column for the data."""
+    """A Markdown table of several comparisons, with a column for the data."""
     titles = ["Data", "Loss", *merged_header()]
     lines = [titles, ["---", "---", *["---:"] * len(MERGED)]]
     for block in merged(several, selection):
@@ -561,7 +562,7 @@ def merged_markdown(several: Sequence[dict[str, Any]], selection: str) -> str:
 
 
 def markdown(results: dict[str, Any], selection: str) -> str:
-    """A pipe table, differences left out."""
+    """A Markdown table without differences."""
     titles = ["Loss", *header()]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
     for row in rows(results, selection):
@@ -583,7 +584,7 @@ LATEX_SELECTIONS = ("refined", "nll", LAST)
 
 
 def latex(results: dict[str, Any]) -> str:
-    """A booktabs table of three selections, hyperparameters and epochs below each loss."""
+    """A booktabs table at three selections, with hyperparameters and epochs below each loss."""
     columns = 1 + len(COLUMNS)
     lines = _latex_start(len(COLUMNS), [caption(results), legend(results)], ["Loss", *header()])
     for selection in LATEX_SELECTIONS:

@@ -1,6 +1,6 @@
-"""The answer in words: what to train with, and what in the results should not be believed.
+"""The verdict in words: which loss to train with, and warnings about unreliable results.
 
-Both are made from the content of results.json alone.
+Both are derived from the content of results.json alone.
 """
 
 import re
@@ -17,24 +17,24 @@ REFERENCE_NAME = LOSSES[REFERENCE].label.lower()
 MIN_VALIDATION_ROWS = 200
 """With fewer validation rows, temperatures and selected epochs are uncertain."""
 LATE = 0.95
-"""An epoch in the last 5 % of training counts as its end."""
+"""Epochs from this share of training on count as the end of training."""
 TEMPERATURES = (0.2, 5.0)
-"""A temperature outside says that the probabilities need more than a correction."""
+"""The range outside which a fitted temperature means that probabilities are far off."""
 EXTREME_NLL = 10.0
-"""A row with a larger NLL, in nats, was given a probability below 5e-5."""
+"""The NLL of a row, in nats, above which the row is extreme: a probability below 5e-5."""
 ABSURD_NLL = 50.0
-"""A larger one warrants a warning even if it occurs in one run only."""
+"""The NLL of a row, in nats, that warrants a warning even if it occurs in one run only."""
 EXTREME_SHARE = 0.5
-"""If the worst hundredth of the rows make more than this share of the NLL, they decide it."""
+"""The share of the NLL above which the worst hundredth of the rows dominate it."""
 NEAR_MAJORITY = 0.02
-"""Accuracy no more than this above that of the majority class."""
+"""The largest gain over the majority class that is considered negligible, in accuracy."""
 
 
 def recommendation(results: dict[str, Any]) -> str:
-    """Which loss to train with, by how much it is better, how sure that is, and how to train.
+    """State which loss to train with, by how much it is better, how certain that is, and how long.
 
     Args:
-        results: Of :func:`penex.compare.analysis.summary.summarize`.
+        results: A result of :func:`penex.compare.analysis.summary.summarize`.
     """
     missing = _why_none(results)
     if missing is not None:
@@ -47,7 +47,7 @@ def recommendation(results: dict[str, Any]) -> str:
 
 
 def recommended(results: dict[str, Any]) -> str:
-    """The loss that :func:`recommendation` names; without one, the reference or the best so far."""
+    """The loss that :func:`recommendation` recommends; else the reference or the best so far."""
     primary, column = results["primary"], primary_column(results)
     better = primary["better"]
     if _why_none(results) is None and better:
@@ -88,7 +88,7 @@ def _why_none(results: dict[str, Any]) -> str | None:
 
 
 def _best_so_far(results: dict[str, Any]) -> str:
-    """A sentence with the best mean, after a space; empty if there is only one loss to rank."""
+    """A space and a sentence with the best mean so far; empty if fewer than two losses have one."""
     best, column = results["primary"]["best"], primary_column(results)
     if best is None or sum(cell["mean"] is not None for cell in column.values()) < 2:
         return ""
@@ -102,7 +102,7 @@ def _rank(results: dict[str, Any], spec: str) -> float:
 
 
 def _switch(results: dict[str, Any], best: str) -> str:
-    """The best loss is better than the reference."""
+    """The recommendation if the best loss is better than the reference."""
     primary = results["primary"]
     text = f"Train with {_with_settings(results, best)}: {_improvement(results, best)}."
     others = [spec for spec in primary["best_group"] if spec != best]
@@ -117,7 +117,7 @@ def _switch(results: dict[str, Any], best: str) -> str:
 
 
 def _consider(results: dict[str, Any], spec: str) -> str:
-    """A loss is better than the reference, but the one with the best mean varies too much."""
+    """The recommendation if a loss is better than the reference, but the best mean is not."""
     best = results["primary"]["best"]
     value = with_unit(results["primary"]["metric"], primary_column(results)[best]["mean"])
     return (
@@ -129,7 +129,7 @@ def _consider(results: dict[str, Any], spec: str) -> str:
 
 
 def _keep(results: dict[str, Any]) -> str:
-    """No loss is better than the reference."""
+    """The recommendation if no loss is better than the reference."""
     primary = results["primary"]
     start = f"Keep {_with_settings(results, REFERENCE)}: "
     rivals = [
@@ -154,7 +154,7 @@ def _keep(results: dict[str, Any]) -> str:
 
 
 def _how_to_stop(results: dict[str, Any], spec: str) -> str:
-    """Until which epoch to train."""
+    """A sentence on how long to train."""
     selection = results["primary"]["selection"]
     total = results["config"]["epochs"]
     until = f"Train for {total} epoch{'s' * (total != 1)}"
@@ -174,7 +174,7 @@ def _how_to_stop(results: dict[str, Any], spec: str) -> str:
 
 
 def _improvement(results: dict[str, Any], spec: str) -> str:
-    """The value of a loss beside that of the reference, with the interval of the difference."""
+    """The values of a loss and of the reference, with the interval of the difference."""
     column, name = primary_column(results), results["primary"]["metric"]
     ours, reference = column[spec], column[REFERENCE]
     text = (
@@ -200,7 +200,7 @@ def _with_settings(results: dict[str, Any], spec: str) -> str:
 
 
 def settings(loss: dict[str, Any]) -> str:
-    """Hyperparameter, unless its label has it, and learning rate, as in "α = 0.1, lr = 0.001"."""
+    """Hyperparameter, unless the label shows it, and learning rate: "α = 0.1, lr = 0.001"."""
     values = [("lr", loss["lr"])]
     if "=" not in loss["spec"]:
         values.insert(0, (loss["symbol"], loss["value"]))
@@ -208,12 +208,20 @@ def settings(loss: dict[str, Any]) -> str:
 
 
 def warnings(results: dict[str, Any]) -> list[str]:
-    """Why numbers of this comparison should not be believed, a sentence each."""
+    """Reasons to distrust the results of this comparison, each in a sentence or two."""
     found = []
     done, planned = len(results["runs"]), results["planned_runs"]
+    finished = {(run["loss"], run["seed"]) for run in results["runs"]}
+    missing = [
+        f"{loss['label']} (seed {seed})"
+        for seed in range(results["config"]["seeds"])
+        for loss in results["losses"]
+        if (loss["spec"], seed) not in finished
+    ]
     if done < planned:
         found.append(
-            f"Unfinished: {done} of {planned} runs have finished. The recommendation may change."
+            f"Unfinished: {done} of {planned} runs have finished. The recommendation may change. "
+            f"Missing: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}."
         )
     found += _diverged(results)
     found += _late(results)
@@ -323,13 +331,13 @@ def _of_runs(results: dict[str, Any], loss: dict[str, Any], name: str, key: str)
 
 
 def versions(results: dict[str, Any]) -> dict[str, list[str]]:
-    """Every version that made a run, by package."""
+    """The versions with which runs were made, by package."""
     names = results["runs"][0]["versions"]
     return {name: sorted({run["versions"][name] for run in results["runs"]}) for name in names}
 
 
 def primary_column(results: dict[str, Any]) -> dict[str, Any]:
-    """The column of the summary that the recommendation is based on."""
+    """The column of the summary on which the recommendation is based."""
     primary = results["primary"]
     column: dict[str, Any] = results["summary"][primary["selection"]][primary["scaling"]][
         primary["metric"]
@@ -341,25 +349,25 @@ def _metric_name(results: dict[str, Any]) -> str:
     primary = results["primary"]
     metric = METRICS[primary["metric"]]
     name = {"brier": "Brier score"}.get(primary["metric"], _in_sentence(metric.label))
-    # Temperature scaling changes no prediction, so no metric in percent.
+    # Temperature scaling changes no predicted class, and so no metric in percent.
     scaled = primary["scaling"] == "scaled" and not metric.percent
     return f"test {name}" + (" after temperature scaling" if scaled else "")
 
 
 def with_unit(name: str, value: float) -> str:
-    """A value of a metric, with its unit."""
+    """Format a value of a metric with its unit."""
     return f"{METRICS[name].format(value)}{' %' if METRICS[name].percent else ''}"
 
 
 def smallest_difference(results: dict[str, Any]) -> str:
-    """The smallest difference that counts in the metric of the recommendation, with its unit."""
+    """The smallest difference that counts in the recommendation's metric, with its unit."""
     primary = results["primary"]
     metric, least = METRICS[primary["metric"]], primary["threshold"]
     return f"{100 * least:.2g} points" if metric.percent else f"{least:.2g}"
 
 
 def signed(metric: Metric, value: float) -> str:
-    """A difference with its sign, which a difference printed as zero has not."""
+    """Format a difference with its sign; without one if it is printed as zero."""
     text = metric.format(abs(value))
     if float(text) == 0:
         return text
@@ -376,13 +384,13 @@ def _label(loss: dict[str, Any]) -> str:
 
 
 def _in_sentence(name: str) -> str:
-    """A name as it is within a sentence: abbreviations stay, words begin in lower case."""
+    """Format a name for use within a sentence: lower case, except for abbreviations."""
     first = re.split("[ -]", name, maxsplit=1)[0]
     return name if first[1:] != first[1:].lower() else name[0].lower() + name[1:]
 
 
 def _capital(text: str) -> str:
-    """At the start of a sentence; names that begin in lower case (log-PENEX) are kept."""
+    """Capitalise the start of a sentence, except for names such as log-PENEX."""
     return text if text.startswith(("log-", "z-")) else text[0].upper() + text[1:]
 
 

@@ -20,6 +20,7 @@ from penex.compare.data.dataset import (
 )
 from penex.compare.data.images import BATCH, Images, cached, digest_of, resized, write_cached
 from penex.compare.errors import CompareError
+from penex.compare.files import open_arrays
 
 BUNDLED = ("breast_cancer", "digits", "iris", "wine")
 # MedMNIST's names for the parts.
@@ -62,7 +63,7 @@ def read_npz(path: Path, config: Config) -> Content:
     """
     require_file(path)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+        with open_arrays(path) as content:
             if "train_images" in content:
                 return _given_parts(path, content, config)
             arrays = dict(content)

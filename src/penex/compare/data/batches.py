@@ -1,4 +1,4 @@
-"""Rows in batches: the same ones in the same order, whoever loads them and however many share."""
+"""Batches of rows, the same and in the same order for any number of worker processes and ranks."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +19,7 @@ Rows = NDArray[np.int64]
 
 
 def evaluation_rows(inputs: Inputs) -> int:
-    """Rows that go through the network at once where nothing is learnt."""
+    """Batch size for evaluation."""
     if isinstance(inputs, list):
         return 64
     return 4096 if len(row_shape(inputs)) == 1 else 128
@@ -28,15 +28,16 @@ def evaluation_rows(inputs: Inputs) -> int:
 class Batches(Sampler[Rows]):
     """The row numbers of one rank's share of every batch.
 
-    The order of the epoch :attr:`epoch` depends on it and on the seed alone.
+    The order of rows depends only on the seed and on :attr:`epoch`.
 
     Args:
-        rows: So many there are.
-        size: Rows of a batch, all ranks together; the last batch of an epoch has what is left.
-        seed: Of the order; None: as they come.
-        rank: Which process this is.
-        world: How many there are. Each gets a stretch of every batch, the first ones one row more
-            where it does not come out even, and a row that is another's where nothing is left.
+        rows: The number of rows.
+        size: Rows of a batch over all ranks; the last batch of an epoch has the rows that are left.
+        seed: Seed of the order; None: the rows in their original order.
+        rank: The rank of this process.
+        world: The number of processes. Each gets a contiguous share of every batch, the first ones
+            one row more if it does not divide evenly. A rank without a row gets one of another
+            rank.
     """
 
     def __init__(
@@ -58,24 +59,24 @@ class Batches(Sampler[Rows]):
             yield own if len(own) else batch[:1]
 
     def whole(self, index: int) -> int:
-        """Rows of a batch, all ranks together."""
+        """The number of rows of a batch over all ranks."""
         return min(self.size, self.rows - index * self.size)
 
     def own(self, index: int) -> int:
-        """Rows of a batch that are this rank's."""
+        """The number of rows in this rank's share of a batch."""
         rows, more = divmod(self.whole(index), self.world)
         return rows + (self.rank < more)
 
     def weights(self, accumulate: int, synchronised: bool) -> list[float]:
-        """What to multiply the mean loss of each of this rank's shares by.
+        """The factor of the mean loss of each of this rank's shares.
 
-        With these, the gradients that ranks average and `accumulate` batches add up to are those of
-        the mean over all rows of the step.
+        With these factors, the gradient that is averaged over ranks and summed over `accumulate`
+        batches is that of the mean over all rows of the step.
 
         Args:
-            accumulate: Batches to a step; the last step of an epoch may have fewer.
-            synchronised: The mean of the loss divides by the average number of rows of all ranks
-                already.
+            accumulate: Batches per step; the last step of an epoch may have fewer.
+            synchronised: Whether the mean of the loss already divides by the average number of rows
+                over all ranks.
         """
         sizes = [self.whole(index) for index in range(len(self))]
         weights = []
@@ -87,7 +88,7 @@ class Batches(Sampler[Rows]):
 
 
 class _Part(Dataset[Any]):
-    """Batches of a part, as tensors: what the network takes, images still as bytes, and labels."""
+    """Batches of a part as tensors: the network's inputs, images still as bytes, and the labels."""
 
     def __init__(self, part: Part, encoder: Encoder | None) -> None:
         inputs, target = part
@@ -101,14 +102,14 @@ class _Part(Dataset[Any]):
         try:
             return self.take(rows), self.target[torch.from_numpy(rows)]
         except CompareError as error:
-            return error  # raised by who asked: a worker process would add its traceback
+            return error  # raised by the consumer: a worker process would add its traceback
 
 
 def _taker(inputs: Inputs, encoder: Encoder | None) -> Callable[[Rows], Tensor]:
     if isinstance(inputs, Images):
         return inputs.take
     if isinstance(inputs, list):
-        assert encoder is not None  # noqa: S101  # of a model for text
+        assert encoder is not None  # noqa: S101  # models for text have one
         return _Padded(encoder(inputs))
     return _Indexed(torch.from_numpy(inputs))
 
@@ -122,7 +123,7 @@ class _Indexed:
 
 
 class _Padded:
-    """Token numbers, those of shorter texts of a batch filled up with 0."""
+    """Token numbers, padded with 0 to the longest text of the batch."""
 
     def __init__(self, tokens: list[NDArray[np.int64]]) -> None:
         self.lengths = np.array([len(text) for text in tokens])
@@ -140,7 +141,7 @@ class _Padded:
 def loader(
     part: Part, batches: Batches, encoder: Encoder | None, workers: int, device: torch.device
 ) -> DataLoader[Any]:
-    """What loads `batches` of `part`, in so many worker processes, or in this one if 0."""
+    """A loader of `batches` of `part` in `workers` processes, or in this process if 0."""
     return DataLoader(
         _Part(part, encoder),
         sampler=batches,
@@ -149,7 +150,7 @@ def loader(
         persistent_workers=workers > 0,
         collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # the global one is for what the numbers depend on
+        generator=torch.Generator(),  # leaves the global generator, and so the results, untouched
     )
 
 

@@ -1,4 +1,4 @@
-"""What the columns of a table are used as, and which of them are suspicious."""
+"""The types of the columns of a table, and warnings about suspicious ones."""
 
 import warnings as python_warnings
 
@@ -11,24 +11,24 @@ from sklearn.tree import DecisionTreeClassifier
 from penex.compare.data.dataset import Dataset, quoted
 
 CATEGORIES = 40
-"""From so many distinct values on, skrub encodes a column of text by its fragments."""
+"""A text column with at least this many distinct values is encoded by its character fragments."""
 SHOWN = 12
-"""Columns of one kind that are named."""
+"""The most columns of one kind that are listed by name."""
 
-SHORT = 64
-"""Characters up to which a text that is different in every row looks like an identifier."""
-LEAST = 20
-"""Rows from which on distinct values in all of them are no accident."""
+IDENTIFIER_LENGTH = 64
+"""The largest median length, in characters, of texts that look like identifiers."""
+IDENTIFIER_ROWS = 20
+"""The fewest rows in which distinct values are not taken for a coincidence."""
 
-TELLING = 0.98
-"""Balanced accuracy of one column alone from which it is said to give the class away."""
-LOOKED_AT = 2000
-"""Rows that this is measured on at most."""
+LEAK_ACCURACY = 0.98
+"""The balanced accuracy of a single column from which on it is reported as a possible leak."""
+LEAK_ROWS = 2000
+"""The most rows on which this accuracy is measured."""
 FOLDS = 3
 
 
 def kind(column: pd.Series) -> str:
-    """What a column of :attr:`Dataset.features` is used as: number, date, category or text."""
+    """How a column of :attr:`Dataset.features` is used: as number, date, category or text."""
     if column.dtype == np.float64:
         return "number"
     if pd.api.types.is_datetime64_any_dtype(column):
@@ -37,7 +37,10 @@ def kind(column: pd.Series) -> str:
 
 
 def describe_columns(dataset: Dataset) -> list[str]:
-    """A line for each kind of column, and for those that are left out; none if it is no table."""
+    """One line for each kind of column and one for each reason to leave columns out.
+
+    Kinds are listed only if the features are a table.
+    """
     features = dataset.features
     lines = []
     if isinstance(features, pd.DataFrame):
@@ -57,9 +60,9 @@ def describe_columns(dataset: Dataset) -> list[str]:
 
 
 def warnings(dataset: Dataset) -> list[str]:
-    """Sentences on columns that look like identifiers, or give the class away.
+    """Warnings about columns that look like identifiers or reveal the class.
 
-    They are left in all the same: what they are, only the user knows.
+    The columns are used all the same: only the user knows what they are.
     """
     features = dataset.features
     if not isinstance(features, pd.DataFrame):
@@ -72,7 +75,7 @@ def warnings(dataset: Dataset) -> list[str]:
             f"To leave them out: --drop {','.join(found)!r}"
         )
     scores = {name: single_accuracy(features[name], dataset.target) for name in names}
-    if found := [name for name in names if scores[name] >= TELLING]:
+    if found := [name for name in names if scores[name] >= LEAK_ACCURACY]:
         lines.append(
             "columns that predict the class almost perfectly on their own: "
             f"{quoted(found, SHOWN)}. Are they known before the class is? If not, leave them "
@@ -83,27 +86,27 @@ def warnings(dataset: Dataset) -> list[str]:
 
 
 def is_identifier(column: pd.Series) -> bool:
-    """Whether each row has its own whole number, or its own short text."""
-    if len(column) < LEAST or column.isna().any() or not column.is_unique:
+    """Whether every row has a different integer or a different short text."""
+    if len(column) < IDENTIFIER_ROWS or column.isna().any() or not column.is_unique:
         return False
     if column.dtype == np.float64:
         return bool((column == column.round()).all())
     if pd.api.types.is_datetime64_any_dtype(column):
         return False
-    return bool(column.astype(str).str.len().median() <= SHORT)
+    return bool(column.astype(str).str.len().median() <= IDENTIFIER_LENGTH)
 
 
 def single_accuracy(column: pd.Series, target: npt.NDArray[np.int64]) -> float:
-    """Balanced accuracy of a decision tree that sees one column alone, in cross-validation.
+    """Cross-validated balanced accuracy of a decision tree that sees one column only.
 
     Args:
-        column: Of N rows.
+        column: The column, N rows.
         target: Class codes of shape (N,).
 
     Returns:
-        In [0, 1]; 0 if no class has rows enough.
+        The accuracy in [0, 1]; 0 if fewer than two classes have enough rows.
     """
-    rows = np.random.default_rng(0).permutation(len(target))[:LOOKED_AT]
+    rows = np.random.default_rng(0).permutation(len(target))[:LEAK_ROWS]
     y = target[rows]
     frequent = np.isin(y, np.flatnonzero(np.bincount(y) >= FOLDS))
     rows, y = rows[frequent], y[frequent]

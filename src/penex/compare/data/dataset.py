@@ -14,6 +14,7 @@ import pandas as pd
 
 from penex.compare.data.images import Images
 from penex.compare.errors import CompareError
+from penex.compare.files import require_regular
 
 # What pandas, pyarrow and numpy raise on a file that is not what its ending says.
 UNREADABLE = (
@@ -188,7 +189,8 @@ def _whole_if_possible(
 
 
 def require_file(path: Path) -> None:
-    """Refuse a file that is not there."""
+    """Refuse a file that is not there, or no regular file."""
+    require_regular(path)
     if not path.is_file():
         raise CompareError(f"no such file: {path} (looked in {path.absolute().parent}).")
 

@@ -18,11 +18,7 @@ from typing import IO, Any
 import pandas as pd
 
 from penex.compare.errors import CompareError
-
-MAX_BYTES = 4 * 2**30
-"""A compressed table may not decompress to more (4 GiB)."""
-MAX_ROWS = 100_000_000
-"""A table may not have more rows."""
+from penex.compare.files import MAX_BYTES, MAX_ROWS
 
 SEPARATORS = {".csv": ",", ".txt": ",", ".tsv": "\t", ".tab": "\t"}
 """Endings, and the separator where the content does not show it (a single column, say)."""

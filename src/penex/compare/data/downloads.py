@@ -1,4 +1,4 @@
-"""Data sets that no library brings and the hub does not hold as published: fetched and checked."""
+"""Downloads of data sets that neither a library nor the hub provides in their published form."""
 
 import errno
 import sys
@@ -25,7 +25,7 @@ from penex.compare.errors import CompareError
 
 @dataclass(frozen=True)
 class Download:
-    """A file, where to get it, and its checksum."""
+    """A file, its URL and its checksum."""
 
     file: str
     url: str
@@ -33,7 +33,7 @@ class Download:
 
 
 DOWNLOADS = {
-    # Gorman and Sejnowski 1988, as the UCI repository has it.
+    # Gorman and Sejnowski, 1988, in the version of the UCI repository.
     "sonar": Download(
         "sonar.csv",
         "https://raw.githubusercontent.com/jbrownlee/Datasets/"
@@ -61,10 +61,10 @@ TISSUES = (
 
 
 def read_pathmnist(config: Config) -> Content:
-    """Images of nine kinds of tissue, 64 x 64, from `config.data_dir` if that is given.
+    """Read images of nine kinds of tissue, 64 x 64, from `config.data_dir` if given.
 
     Raises:
-        CompareError: The file cannot be had, or is another one.
+        CompareError: The file cannot be obtained, or has different content.
     """
     path = _file("pathmnist", config.data_dir)
     content = read_npz(path, config)
@@ -74,10 +74,10 @@ def read_pathmnist(config: Config) -> Content:
 
 
 def read_sonar(data_dir: str | None) -> Content:
-    """Sonar echoes of mines and rocks, 208 rows of 60 numbers, from `data_dir` if that is given.
+    """Read sonar echoes of mines and rocks, 208 rows of 60 numbers, from `data_dir` if given.
 
     Raises:
-        CompareError: The file cannot be had, or is another one.
+        CompareError: The file cannot be obtained, or has different content.
     """
     path = _file("sonar", data_dir)
     try:
@@ -104,7 +104,7 @@ def _file(name: str, data_dir: str | None) -> Path:
 
 
 def _fetched(download: Download) -> Path:
-    """The file in the cache, downloaded if it is not there yet and whole."""
+    """The file in the cache, downloaded if it is missing or incomplete."""
     need(f"downloading {download.file}", "data", "pooch")
     import pooch
 
@@ -118,7 +118,7 @@ def _fetched(download: Download) -> Path:
     except ValueError as error:
         reason = shorten(str(error), 300)
         raise CompareError(f"cannot use {download.url}: {reason}") from error
-    except OSError as error:  # the connection's errors among them
+    except OSError as error:  # includes connection errors
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CompareError(
                 f"no space left in {folder} for {download.file} ({error.strerror}). Make room, or "

@@ -11,6 +11,7 @@ from penex.compare.config import Config
 from penex.compare.data.dataset import PART_NAMES, Content, official_rows, quoted, roles
 from penex.compare.data.images import digest_of, load_images
 from penex.compare.errors import CompareError
+from penex.compare.files import MAX_IMAGE_BYTES, read_bytes
 
 ENDINGS = (
     ".bmp",
@@ -41,7 +42,7 @@ class Files:
 
     def read(self, rows: Sequence[int]) -> list[bytes]:
         try:
-            return [(self.root / self.names[row]).read_bytes() for row in rows]
+            return [read_bytes(self.root / self.names[row], MAX_IMAGE_BYTES) for row in rows]
         except OSError as error:
             raise CompareError(f"cannot read {error.filename}: {error.strerror}.") from error
 

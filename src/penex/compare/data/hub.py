@@ -1,7 +1,7 @@
-"""A data set of the Hugging Face hub, or the same Parquet files in a folder.
+"""Data sets of the Hugging Face hub, or the same Parquet files in a folder.
 
-The data set's own description of its columns says which hold images, text and classes. No code of
-a data set is ever run.
+The data set's own description of its columns tells which contain images, text and classes. No code
+of a data set is ever run.
 """
 
 import errno
@@ -22,7 +22,7 @@ from penex._extras import need
 from penex.compare.config import Config
 from penex.compare.data.dataset import Content, encode_labels, official_rows, quoted, roles
 from penex.compare.data.images import digest_of, load_images
-from penex.compare.data.tables import texts
+from penex.compare.data.tables import parquet_metadata, texts
 from penex.compare.errors import CompareError, did_you_mean
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ PREFIX = "hub:"
 
 @dataclass(frozen=True)
 class HubImages:
-    """The images of successive parts; pickled by the names of the files that hold them."""
+    """The images of consecutive parts; pickled by the names of the files that contain them."""
 
     images: "HubDataset"
     column: str
@@ -46,7 +46,7 @@ class HubImages:
         return len(self.images)
 
     def read(self, rows: Sequence[int]) -> list[bytes]:
-        # A range is read as a slice, without a look-up for each row.
+        # A range is read as a slice, without a lookup for each row.
         values = self.images[rows if isinstance(rows, range) else list(rows)][self.column]
         return [value["bytes"] for value in values]
 
@@ -60,7 +60,7 @@ class HubImages:
 
 
 def read_hub(source: str, config: Config) -> Content:
-    """Images or texts with their classes.
+    """Read images or texts with their classes.
 
     Args:
         source: ``hub:owner/name`` or ``hub:owner/name:configuration``; or a folder of Parquet
@@ -68,7 +68,7 @@ def read_hub(source: str, config: Config) -> Content:
         config: If it has a data_dir, the files of a hub data set are read from there.
 
     Raises:
-        CompareError: The data set cannot be had, or has no such columns or parts.
+        CompareError: The data set cannot be read, or lacks the configured columns or parts.
     """
     need("reading data sets of the Hugging Face hub", "data", "datasets", "PIL", "pooch")
     from datasets import ClassLabel
@@ -97,7 +97,7 @@ def read_hub(source: str, config: Config) -> Content:
 
 
 def _load(source: str, data_dir: str | None) -> "dict[str, HubDataset]":
-    """The parts by name."""
+    """Load the parts, by name."""
     import datasets
 
     hub = source.startswith(PREFIX)
@@ -107,18 +107,21 @@ def _load(source: str, data_dir: str | None) -> "dict[str, HubDataset]":
             f"expected hub:OWNER/NAME or hub:OWNER/NAME:CONFIGURATION, got {source!r}."
         )
     folder = Path(data_dir if hub and data_dir else name).expanduser()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as well
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         if hub and not data_dir:
             return dict(datasets.load_dataset(name, configuration or None))
-        if not any(folder.rglob("*.parquet")):
+        files = list(folder.rglob("*.parquet"))
+        if not files:
             raise CompareError(f"{folder} holds no Parquet files (*.parquet) for {source}.")
+        for file in files:
+            parquet_metadata(file)
         return dict(datasets.load_dataset("parquet", data_dir=str(folder)))
     except CompareError:
         raise
-    except Exception as error:  # of any library between the hub, its cache and Parquet
+    except Exception as error:  # from any library between the hub, its cache and Parquet
         cause: BaseException | None = error
         while cause is not None:
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -139,7 +142,7 @@ def _load(source: str, data_dir: str | None) -> "dict[str, HubDataset]":
 
 
 def _target(features: Any, target: str | None, source: str) -> str:
-    """The column with classes: as named, or the only one of that kind, or "label"."""
+    """The column with the classes: the named one, the only ClassLabel column, or "label"."""
     from datasets import ClassLabel
 
     if target is not None:
@@ -194,13 +197,13 @@ def _input(features: Any, target: str, text: str | None, source: str) -> tuple[s
 
 
 def _refuse_unlabelled(labels: dict[str, pd.Series], coded: bool, source: str) -> None:
-    """Refuse parts whose labels were held back, which the hub writes as -1."""
+    """Refuse parts whose labels are held back, which the hub writes as -1."""
     for part, values in labels.items():
         if not coded and not pd.api.types.is_integer_dtype(values):
             continue
         held_back = values < 0 if coded else values == -1
         missing = int((values.isna() | held_back).sum())
-        # -1 may be a class, if no ClassLabel says otherwise and others are beside it.
+        # Without a ClassLabel, -1 may be a class if there are other labels as well.
         if missing and (coded or missing == len(values)):
             raise CompareError(
                 f"{source}: {missing} of {len(values)} rows of the part {part!r} have "

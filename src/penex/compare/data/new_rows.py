@@ -17,6 +17,7 @@ from penex.compare.data.images import Encoded, Images, resized
 from penex.compare.data.preprocessing import Date, Number, Table
 from penex.compare.data.tables import as_number, read_file
 from penex.compare.errors import CompareError, did_you_mean
+from penex.compare.files import open_arrays, read_bytes
 from penex.compare.models.files import Model
 
 Rows = pd.DataFrame | npt.NDArray[Any] | Sequence[str] | Images
@@ -200,7 +201,10 @@ def read_rows(path: Path, model: Model) -> tuple[list[str], Any]:
     if ending.endswith((".npy", ".npz")):
         rows: Any = _read_array(path)
     elif ending.endswith(".txt"):
-        rows = path.read_text(encoding="utf-8").splitlines()
+        try:
+            rows = read_bytes(path).decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise unreadable_file(path, "texts in UTF-8, one a line", error) from error
     else:
         rows = _read_table(path, model)
         if model.kind == "numbers" and not isinstance(model.preparation, Table):
@@ -210,13 +214,14 @@ def read_rows(path: Path, model: Model) -> tuple[list[str], Any]:
 
 def _read_array(path: Path) -> npt.NDArray[Any]:
     try:
-        with path.open("rb") as stream:
-            content = np.load(stream, allow_pickle=False)
+        with open_arrays(path) as content:
             if isinstance(content, np.ndarray):
                 return content
             array: npt.NDArray[Any] = content["X"]
             return array
     except (*UNREADABLE, KeyError) as error:
+        if isinstance(error, CompareError):
+            raise
         raise unreadable_file(path, "an array, or an NPZ archive with X", error) from error
 
 

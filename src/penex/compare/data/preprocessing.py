@@ -1,8 +1,8 @@
-"""From features to the numbers that a network takes, by what was fitted to training rows.
+"""The transform from features to the numerical input of a network, fitted to training rows.
 
-A fitted preparation is plain parameters, so that it can be written down and applied elsewhere, to
-new rows, with the same bits. Images and texts need none: the network's own layers and vocabulary
-take them as they are.
+A fitted preparation consists of plain parameters, so that it can be saved and applied to new rows
+elsewhere with bit-identical results. Images and texts need none: the network's own layers and
+vocabulary process them.
 """
 
 import warnings
@@ -24,19 +24,20 @@ from penex.compare.errors import CompareError
 Doubles = npt.NDArray[np.float64]
 Inputs = npt.NDArray[np.float32]
 State = dict[str, Any]
-"""Nested dictionaries and lists of plain values and of arrays."""
+"""Nested dictionaries and lists of plain values and arrays."""
 
 T = TypeVar("T")
 
-FEW = 40
-"""A text column with fewer distinct values in training is one of categories."""
+CATEGORIES = 40
+"""A text column with fewer distinct values in training is a column of categories."""
 NEGLIGIBLE = 1e-4
-"""Of the widest text component: the accuracy of a truncated SVD in float32 and randomised."""
+"""Spread relative to that of the widest text component below which a component is set to zero: the
+accuracy of a randomised truncated SVD in float32."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A column of numbers, as they are."""
+    """A column of numbers, unchanged."""
 
     kind: ClassVar[str] = "number"
     name: str
@@ -52,13 +53,13 @@ class Date:
     kind: ClassVar[str] = "date"
     name: str
     format: str | None
-    """In which the dates were written; None: they came as dates."""
+    """The format in which the dates were written; None: they were read as dates."""
     zone: str | None
     hours: bool
 
     @classmethod
     def fit(cls, name: str, train: pd.Series, format: str | None) -> "Date":
-        """What training rows have of a time zone and of hours."""
+        """Find the time zone of training rows, and whether they have hours."""
         zone = None if train.dt.tz is None else str(train.dt.tz)
         dates = train.dropna()
         return cls(name, format, zone, bool((dates != dates.dt.normalize()).any()))
@@ -73,16 +74,16 @@ class Date:
 
 @dataclass(frozen=True)
 class Category:
-    """A column of categories: 1 in the place of its own, 0 elsewhere; 0 everywhere if unknown."""
+    """A column of categories, one-hot encoded; all zeros for an unknown category."""
 
     kind: ClassVar[str] = "category"
     name: str
     categories: list[str | None]
-    """None: missing."""
+    """None stands for a missing value."""
 
     @classmethod
     def fit(cls, name: str, train: pd.Series) -> "Category":
-        """The categories of training rows, sorted."""
+        """Collect the categories of training rows, sorted."""
         found = set(_texts(train))
         return cls(name, [*sorted(found - {None}), *({None} & found)])  # type: ignore[type-var]
 
@@ -95,11 +96,11 @@ class Category:
 
 @dataclass(frozen=True)
 class Text:
-    """A column of other texts: components of their TF-IDF of character fragments.
+    """A column of other texts, encoded as components of the TF-IDF of their character fragments.
 
-    If texts have fewer independent fragments than components are asked for, the directions of the
-    last ones are arbitrary: hardly anything lies along them in training, and anything elsewhere.
-    These components are zero.
+    If texts have fewer independent fragments than requested components, the directions of the last
+    components are arbitrary: training rows hardly vary along them, but other rows might. These
+    components are set to zero.
     """
 
     kind: ClassVar[str] = "text"
@@ -111,20 +112,20 @@ class Text:
 
     @classmethod
     def fit(cls, name: str, train: pd.Series, random_state: int) -> "Text":
-        """The fragments of training rows, and their components by skrub."""
-        from skrub import StringEncoder  # half a second and 50 MB that only texts in tables need
+        """Fit fragments and components to training rows with skrub."""
+        from skrub import StringEncoder  # half a second and 50 MB, for texts in tables only
 
         encoder = StringEncoder(random_state=random_state)
         texts = pd.Series([text or "" for text in _texts(train)], name=name, dtype="str")
         with warnings.catch_warnings():
-            # A column of few distinct fragments gets fewer than 30 components.
+            # A column with few distinct fragments gets fewer than 30 components.
             warnings.filterwarnings("ignore", message="The matrix shape is", category=UserWarning)
             spread = encoder.fit_transform(texts).to_numpy().std(axis=0)
         vectorizer = encoder.vectorizer_
         number_of = vectorizer.vocabulary_
         if hasattr(encoder, "tsvd_"):
             components = encoder.tsvd_.components_
-        else:  # so few fragments that the first of them stand for themselves
+        else:  # with so few fragments, skrub uses the first ones directly
             components = np.eye(len(spread), len(number_of))
         components = components * (spread > NEGLIGIBLE * spread.max())[:, None]
         fragments = sorted(number_of, key=number_of.__getitem__)
@@ -157,15 +158,16 @@ def _texts(column: pd.Series) -> list[str | None]:
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a table as numbers on one scale.
+    """The columns of a table as scaled numbers.
 
-    Missing numbers become the median, with a column that says so where training rows have any.
+    Missing numbers are replaced by the median and, if training rows have any, marked in an
+    additional column.
 
     Attributes:
-        columns: Those that vary in training.
-        median: Of each column of numbers that these become.
-        missing: Which of them have gaps in training, as numbers.
-        scale: Of all together.
+        columns: The columns that vary in training.
+        median: Medians of the numerical columns that `columns` produce.
+        missing: Indices of the numerical columns with missing values in training.
+        scale: The scale of all numerical columns, those that mark missing values included.
     """
 
     kind: ClassVar[str] = "table"
@@ -179,9 +181,9 @@ class Table:
         """Fit everything to training rows.
 
         Args:
-            train: Columns are float64, dates or text. Its ``attrs["date_formats"]`` says in which
-                format the dates of a column were written, if they were text.
-            random_state: Of the components of texts.
+            train: Columns are float64, dates or text. Its ``attrs["date_formats"]`` gives the
+                format in which the dates of a column were written, if they were text.
+            random_state: Seed of the text components.
 
         Raises:
             CompareError: Every column is constant or empty.
@@ -194,14 +196,14 @@ class Table:
             )
         formats = train.attrs.get("date_formats", {})
         columns: list[Column] = []
-        with threadpool_limits(limits=1):  # sums in another order differ in their last bits
+        with threadpool_limits(limits=1):  # with other threads, sums differ in their last bits
             for name in train.columns[varies]:
                 column = train[name]
                 if pd.api.types.is_numeric_dtype(column):
                     columns.append(Number(name))
                 elif pd.api.types.is_datetime64_any_dtype(column):
                     columns.append(Date.fit(name, column, formats.get(name)))
-                elif column.nunique() < FEW:
+                elif column.nunique() < CATEGORIES:
                     columns.append(Category.fit(name, column))
                 else:
                     columns.append(Text.fit(name, column, random_state))
@@ -228,7 +230,7 @@ def _filled(values: Doubles, median: Doubles, missing: npt.NDArray[np.int64]) ->
 
 @dataclass(frozen=True)
 class Columns:
-    """Rows of numbers, each column on its own scale."""
+    """Rows of numbers, each column scaled on its own."""
 
     kind: ClassVar[str] = "columns"
     scale: ColumnScale
@@ -239,7 +241,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Arrays of more than two dimensions, all values on one scale."""
+    """Arrays of more than two dimensions, all values scaled alike."""
 
     kind: ClassVar[str] = "arrays"
     scale: CommonScale
@@ -252,7 +254,7 @@ Preparation = Table | Columns | Arrays
 
 
 def fit(train: pd.DataFrame | npt.NDArray[np.float32], random_state: int) -> Preparation:
-    """The preparation of rows like `train`; see :meth:`Table.fit`."""
+    """Fit a preparation to training rows; for the arguments see :meth:`Table.fit`."""
     if isinstance(train, pd.DataFrame):
         return Table.fit(train, random_state)
     if train.ndim == 2:
@@ -272,10 +274,10 @@ def state(preparation: Preparation) -> State:
 
 
 def restore(state: Mapping[str, Any]) -> Preparation:
-    """The preparation that :func:`state` describes.
+    """Restore a preparation from its :func:`state`.
 
     Raises:
-        KeyError, TypeError: It describes none.
+        KeyError, TypeError: `state` does not describe a preparation.
     """
     values = {name: value for name, value in state.items() if name != "kind"}
     match state["kind"]:

@@ -1,8 +1,9 @@
-"""Numbers on a scale that a network can learn from, fitted on the training part alone.
+"""Scaling of numerical features for neural networks, fitted on the training part alone.
 
-Standardisation alone is not safe: a column that hardly varies in training is blown up elsewhere,
-and one wild value in training flattens all others. Here, columns are standardised robustly and then
-bounded, so whatever stands in the other parts, a network sees at most :data:`BOUND`.
+Standardisation alone is not safe: a column that hardly varies in training may take huge values
+elsewhere, and one outlier in training compresses all other values. Here, columns are standardised
+robustly and then bounded, so that no input of the network exceeds :data:`BOUND`, whatever the other
+parts contain.
 """
 
 from collections.abc import Iterator
@@ -15,18 +16,19 @@ from sklearn.preprocessing import StandardScaler
 Floats = npt.NDArray[np.floating]
 
 BOUND = 5.0
-"""No value of a column lies farther from 0, in standard deviations."""
+"""The largest absolute value of a scaled column, in standard deviations."""
 PIXEL_BOUND = 100.0
 """The same for arrays of more than two dimensions, whose values share one scale."""
 OUTLIER = 10.0
-"""Values farther from the median, in widths of the middle half, count as this far for the scale."""
+"""The distance from the median, in interquartile ranges, to which values are clipped to fit the
+scale."""
 _BLOCK = 256
-"""Columns at a time: float64 copies of all would be twice a large float32 array."""
+"""Columns scaled at a time: a float64 copy of all would be twice as large as a float32 array."""
 
 
 @dataclass(frozen=True)
 class ColumnScale:
-    """Columns with mean 0 and standard deviation 1 in training, but for outliers, and bounded.
+    """Scale columns to mean 0 and standard deviation 1 in training, except for outliers; bounded.
 
     A column is centred and scaled by mean and standard deviation after values beyond
     :data:`OUTLIER` are clipped; then z becomes z / sqrt(1 + (z / BOUND)²), which keeps the order
@@ -34,10 +36,10 @@ class ColumnScale:
     part, up to rounding, is 0 everywhere, because its scale is unknown.
 
     Attributes:
-        median: Of each of the D columns, float64.
+        median: Medians of the D columns, float64.
         width: Interquartile ranges; infinite where a column is constant.
-        mean: Of the clipped columns, in widths from the median.
-        std: Their standard deviations.
+        mean: Means of the clipped columns, in widths from the median.
+        std: Standard deviations of the clipped columns, in widths.
     """
 
     median: Floats
@@ -47,18 +49,18 @@ class ColumnScale:
 
     @classmethod
     def fit(cls, train: Floats) -> "ColumnScale":
-        """The scale of training rows, an array of shape (n, D), finite and within ±3.4e38."""
+        """Fit the scale to training rows, an array of shape (n, D), finite and within ±3.4e38."""
         blocks = [_column_statistics(train[:, block]) for block in _blocks(train.shape[1])]
         return cls(*map(np.concatenate, zip(*blocks, strict=True)))
 
     def __call__(self, rows: Floats) -> npt.NDArray[np.float32]:
-        """Rows of shape (n, D) on this scale, all values within ±:data:`BOUND`."""
+        """Scale rows of shape (n, D); all values are then within ±:data:`BOUND`."""
         scaled = np.empty(rows.shape, np.float32)
-        with np.errstate(over="ignore"):  # infinity ends at the bound
+        with np.errstate(over="ignore"):  # infinity is mapped to the bound
             for block in _blocks(rows.shape[1]):
                 z = (rows[:, block].astype(np.float64) - self.median[block]) / self.width[block]
                 z = (z - self.mean[block]) / self.std[block]
-                # The formula, for infinity too.
+                # z / sqrt(1 + (z / BOUND)²), in a form that is also right for infinity.
                 scaled[:, block] = BOUND * np.sin(np.arctan(z / BOUND))
         return scaled
 
@@ -78,10 +80,10 @@ def _column_statistics(train: Floats) -> tuple[Floats, Floats, Floats, Floats]:
 
 
 def _centre_and_width(train: npt.NDArray[np.float64]) -> tuple[Floats, Floats]:
-    """Median and interquartile range of each column, the range being infinite if it is constant.
+    """Median and interquartile range of each column; the range of a constant column is infinite.
 
-    Where more than half of the values are equal, so that the interquartile range may be 0, the
-    median distance of the others from the median stands in its place.
+    If the interquartile range is 0, because at least half of the values are equal, it is replaced
+    by the median distance of the other values from the median.
     """
     low, median, high = np.quantile(train, (0.25, 0.5, 0.75), axis=0)
     width = high - low
@@ -96,13 +98,14 @@ def _centre_and_width(train: npt.NDArray[np.float64]) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True)
 class CommonScale:
-    """One mean and one scale for all values of arrays of any shape, and a bound.
+    """Scale all values of arrays of any shape by one mean and one standard deviation; bounded.
 
-    So are images: a pixel that hardly varies in training would otherwise be blown up elsewhere.
+    This suits images: a pixel that hardly varies in training could take huge values elsewhere if it
+    had its own scale.
 
     Attributes:
-        mean: Of all training values.
-        std: Their standard deviation; 0 where they are constant, which makes 0 of every value.
+        mean: Mean of all training values.
+        std: Their standard deviation; 0 if they are constant, and then all scaled values are 0.
     """
 
     mean: float
@@ -110,18 +113,18 @@ class CommonScale:
 
     @classmethod
     def fit(cls, train: Floats) -> "CommonScale":
-        """The scale of finite training rows."""
+        """Fit the scale to finite training rows."""
         if np.ptp(train) == 0:
             return cls(0.0, 0.0)
         scaler = StandardScaler().fit(train.reshape(-1, 1))
         return cls(float(scaler.mean_[0]), float(scaler.scale_[0]))
 
     def __call__(self, rows: Floats) -> npt.NDArray[np.float32]:
-        """Rows of the same shape, all values within ±:data:`PIXEL_BOUND`."""
+        """Scale rows; all values are then within ±:data:`PIXEL_BOUND`."""
         if self.std == 0:
             return np.zeros(rows.shape, np.float32)
         scaled = rows.copy()
-        with np.errstate(over="ignore"):  # in place: computed in float64 without a copy in it
+        with np.errstate(over="ignore"):  # in place: computed in float64 without a float64 copy
             scaled -= np.float64(self.mean)
             scaled /= np.float64(self.std)
         bounded: npt.NDArray[np.float32] = np.clip(

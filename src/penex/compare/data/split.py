@@ -1,7 +1,7 @@
-"""One seed's view of a data set: training, validation and test rows, ready for a model.
+"""The training, validation and test rows of one seed, ready for a model.
 
-Whatever is random depends on the seed alone, so all losses see the same rows, the same features and
-the same wrong labels; whatever is fitted (vocabularies, means, scales) sees training rows only.
+Everything random depends on the seed alone, so all losses see the same rows, the same features and
+the same wrong labels; everything fitted (vocabularies, means, scales) sees training rows only.
 """
 
 import warnings
@@ -24,10 +24,10 @@ Rows = npt.NDArray[np.int64]
 Inputs = npt.NDArray[np.float32] | Images | list[str]
 Part = tuple[Inputs, npt.NDArray[np.int64]]
 
-# One independent random stream per decision, so that none shifts another.
+# An independent random stream for each decision, so that none affects another.
 _TEST, _TRAIN, _NOISE, _ENCODER, _VALIDATION_NOISE = range(5)
 _FOLDS = 20
-"""Into so many sets of groups rows are divided at most; parts are made of whole sets."""
+"""The most sets of groups into which rows are divided; a part consists of whole sets."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Split:
     """Rows of one seed, ready for a model.
 
     Attributes:
-        train: X and y, y being int64 of shape (n,), with label noise if any. X is float32 of shape
-            (n, ...), scaled, for numbers; for images a view of them; for texts their list.
+        train: X and y. y is int64 of shape (n,), with label noise if any. X is scaled float32 of
+            shape (n, ...) for numbers, a view of the images for images, and a list for texts.
         validation: The same for validation rows, with label noise if config.noise_parts says so.
-        test: The same for test rows, labels as given.
-        preparation: What makes the numbers of X from features; None for images and texts.
+        test: The same for test rows, with the labels as given.
+        preparation: The fitted transform from features to X; None for images and texts.
     """
 
     train: Part
@@ -51,40 +51,41 @@ class Split:
 def split(dataset: Dataset, *, seed: int, config: Config, refit: bool = False) -> Split:
     """Take or draw the parts, and prepare features with the statistics of the training rows.
 
-    Parts that the data set comes with are used as they are; what is missing is drawn, stratified
-    by class. Test rows are drawn first and depend on seed and test_size only; if all seeds share
-    them (``Config.shares_test_rows``), they are those of seed 0.
+    Parts that the data set comes with are used as they are; missing parts are drawn, stratified by
+    class. Test rows are drawn first and depend on seed and test_size only; if all seeds share them
+    (``Config.shares_test_rows``), they are those of seed 0.
 
-    Where rows have groups, whole groups are drawn, stratified and of the sizes wanted as far as
-    groups allow. Where rows have a time, nothing is drawn but training rows, if train_size is
-    given: the newest rows are the test, the newest of the others validation, and rows of one time
-    stay together.
+    If rows have groups, whole groups are drawn, stratified and in the requested sizes as far as the
+    groups allow. If rows have a time, the newest rows are the test part and the newest of the
+    others the validation part; rows of the same time stay together, and only the training rows are
+    drawn, if train_size is given.
 
     Columns are standardised robustly and bounded
-    (:class:`~penex.compare.data.scaling.ColumnScale`), arrays of more than two dimensions as a
-    whole. In tables, categories become one-hot columns (or 30 text components from 40 categories
-    on), dates their year, month, day, hour and seconds; missing numbers become the median, with a
-    column that says so. Categories not met in training become zeros. Images and texts are left to
-    the model.
+    (:class:`~penex.compare.data.scaling.ColumnScale`); arrays of more than two dimensions are
+    scaled as a whole. In tables, categories become one-hot columns (or 30 text components if there
+    are 40 categories or more), and dates become year, month, day, hour and seconds. Missing numbers
+    are replaced by the median and marked in an additional column. Categories that do not occur in
+    training become zeros. Images and texts are left to the model.
 
     Args:
         dataset: N rows of K classes.
         seed: Non-negative.
-        config: Its train_size is the number n of training rows, None: all that test and validation
-            leave; its validation_size the share v of validation rows among training and validation
-            rows. With train_size given that is round(n v / (1 - v)) rows, and the rest stays
-            unused. Its test_size is the share of test rows among the rows they are drawn from. In
-            each part of its noise_parts, of m rows, round(label_noise m) labels are replaced: by
-            one of the other K - 1 classes (noise_classes "other") or of all K ("uniform"), each
-            equally likely.
-        refit: Whether training has the validation rows too, once an epoch has been chosen by them.
+        config: Its train_size is the number n of training rows; None: all rows that are not in the
+            other parts. Its validation_size is the share v of validation rows among training and
+            validation rows; with train_size given these are round(n v / (1 - v)) rows, and the rest
+            stays unused. Its test_size is the share of test rows among the rows they are drawn
+            from. In each part of its noise_parts, of m rows, round(label_noise m) labels are
+            replaced: by one of the other K - 1 classes (noise_classes "other") or of all K
+            ("uniform"), each equally likely.
+        refit: Whether to add the validation rows to the training rows, once they have been used to
+            select an epoch.
 
     Returns:
-        C-contiguous, finite arrays. Every drawn part holds every class (before the noise); with
-        groups or a time, the training part alone is sure to.
+        C-contiguous, finite arrays. Every drawn part contains every class (before label noise);
+        with groups or a time, this is guaranteed for the training part only.
 
     Raises:
-        CompareError: The rows do not suffice for such parts, or the seed is negative.
+        CompareError: There are too few rows for such parts, or the seed is negative.
     """
     if seed < 0:
         raise CompareError(f"seed must not be negative; got {seed}.")
@@ -142,7 +143,7 @@ def draw_rows(dataset: Dataset, seed: int, config: Config) -> list[Rows]:
         test_seed = 0 if config.shares_test_rows(given) else seed
         pool, parts["test"] = _divided(dataset, pool, (rest, n_test), (test_seed, _TEST))
     exact = config.train_size is not None
-    if not exact:  # whole groups or times may have left another number of rows
+    if not exact:  # with whole groups or times, the number of rows left may differ from `rest`
         n_validation = round(share * len(pool))
         n_train = len(pool) - n_validation
     if "validation" not in given:
@@ -172,8 +173,9 @@ def _divided(
 ) -> tuple[Rows, Rows]:
     """Two disjoint subsets of `rows`: for training, and for validation or test.
 
-    Where whole groups or times are taken, their sizes have the ratio of `sizes` as far as possible.
-    `exact`: rows are then left out of both, so that they have these sizes (the second: at most).
+    If whole groups or times are taken, the subsets have the ratio of `sizes` as far as possible.
+    With `exact`, rows are then left out so that the first subset has exactly its size and the
+    second at most its size.
     """
     if dataset.groups is not None:
         folds = _group_folds(dataset.groups[rows], dataset.target[rows], rows, stream)
@@ -188,7 +190,7 @@ def _divided(
             f"{what}: all {len(rows)} rows of {dataset.name} to draw from are of one {what}, so "
             "they cannot be divided."
         )
-    # So many of the first folds that their rows are nearest to the share of the second subset.
+    # The second subset is the first folds, as many as bring it closest to its share of the rows.
     wanted = len(rows) * sizes[1] / sum(sizes)
     taken = int(np.argmin(np.abs(np.cumsum(list(map(len, folds[:-1]))) - wanted))) + 1
     first, second = np.concatenate(folds[taken:]), np.concatenate(folds[:taken])
@@ -204,7 +206,7 @@ def _divided(
 
 
 def _group_folds(groups: Rows, labels: Rows, rows: Rows, stream: tuple[int, int]) -> list[Rows]:
-    """`rows` in sets of whole groups, with the class shares of all as far as possible."""
+    """Divide `rows` into sets of whole groups, each with the overall class shares if possible."""
     number = min(_FOLDS, len(np.unique(groups)), int(np.bincount(labels).max()))
     if number < 2:
         return [rows]
@@ -212,13 +214,13 @@ def _group_folds(groups: Rows, labels: Rows, rows: Rows, stream: tuple[int, int]
         number, shuffle=True, random_state=int(np.random.default_rng(stream).integers(2**31))
     )
     with warnings.catch_warnings():
-        # A class of fewer rows than folds is not in each of them, as groups may have it anyway.
+        # A class with fewer rows than folds cannot be in every fold, which groups permit anyway.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
         return [rows[fold] for _, fold in folds.split(labels, labels, groups) if len(fold)]
 
 
 def _subset(dataset: Dataset, rows: Rows, size: int, stream: tuple[int, int]) -> Rows:
-    """So many of the rows, in random order, with their class shares (largest remainders)."""
+    """`size` of the rows, in random order, with their class shares (largest remainders)."""
     rng = np.random.default_rng(stream)
     rows = rng.permutation(rows)
     labels = dataset.target[rows]
@@ -226,7 +228,7 @@ def _subset(dataset: Dataset, rows: Rows, size: int, stream: tuple[int, int]) ->
     count = np.floor(exact).astype(np.int64)
     most = np.argsort(count - exact, kind="stable")[: size - count.sum()]
     count[most] += 1
-    # How many rows of its class come before each row.
+    # For each row, how many rows of its class precede it.
     order = np.argsort(labels, kind="stable")
     first = np.searchsorted(labels[order], labels[order])
     before = np.empty(len(rows), np.int64)
@@ -238,7 +240,7 @@ def _subset(dataset: Dataset, rows: Rows, size: int, stream: tuple[int, int]) ->
 def _stratified(
     dataset: Dataset, rows: Rows, sizes: tuple[int, int], stream: tuple[int, int]
 ) -> tuple[Rows, Rows]:
-    """Two disjoint subsets of rows, of the given sizes, with the class shares of rows."""
+    """Two disjoint subsets of `rows` of the given sizes, with the class shares of `rows`."""
     labels = dataset.target[rows]
     counts = np.bincount(labels, minlength=len(dataset.classes))
     if (rare := np.flatnonzero(counts < 2)).size:
@@ -266,9 +268,9 @@ def _too_rare(dataset: Dataset, codes: Rows, where: str) -> CompareError:
 def _with_noise(
     y: npt.NDArray[np.int64], config: Config, k: int, stream: tuple[int, int]
 ) -> npt.NDArray[np.int64]:
-    """Labels of which round(label_noise n) are replaced by another of the k classes, or by any."""
+    """Replace round(label_noise n) of the labels by one of the other classes, or of all k."""
     rng = np.random.default_rng(stream)
-    # Drawn for all rows first, so that the rows of a smaller noise are among those of a larger one.
+    # Drawn for all rows, so that the noisy rows at a lower rate are a subset of those at a higher.
     least = 1 if config.noise_classes == "other" else 0
     order, shift = rng.permutation(len(y)), rng.integers(least, k, size=len(y))
     noisy = order[: round(config.label_noise * len(y))]
@@ -280,7 +282,7 @@ def _with_noise(
 def _prepare(
     dataset: Dataset, rows: Sequence[Rows], seed: int
 ) -> tuple[Preparation | None, Sequence[Inputs]]:
-    """What was fitted to the first part, if anything, and the features of each part."""
+    """Fit a preparation to the first part, if one is needed; return it with all parts' features."""
     features = dataset.features
     if isinstance(features, Images):
         return None, [features[part] for part in rows]

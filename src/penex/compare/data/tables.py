@@ -5,7 +5,6 @@ fitted later, on training rows only (see :mod:`penex.compare.data.split`).
 """
 
 import warnings
-import zipfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +30,9 @@ from penex.compare.data.dataset import (
     roles,
     unreadable_file,
 )
-from penex.compare.data.delimited import MAX_BYTES, MAX_ROWS, read_delimited
+from penex.compare.data.delimited import read_delimited
 from penex.compare.errors import CompareError, did_you_mean, named
+from penex.compare.files import MAX_BYTES, MAX_ROWS, check_archive, require_regular
 
 EXCEL = (".xlsx", ".xlsm")
 ENDINGS = (*delimited.ENDINGS, *EXCEL, ".parquet")
@@ -387,10 +387,7 @@ def _read_text(path: Path, text: str | None, as_text: Collection[str]) -> tuple[
 def _read_excel(path: Path, text: str | None) -> tuple[list[str], Table]:
     """Header and content of the first sheet of an Excel file."""
     need("Reading Excel tables", "excel", "openpyxl")
-    with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
-    if size > MAX_BYTES:
-        raise CompareError(f"{path} decompresses to more than {MAX_BYTES / 2**30:.3g} GiB.")
+    check_archive(path, MAX_BYTES)
     try:
         with warnings.catch_warnings():
             # Of what it does not read: styles, validation rules and the like.
@@ -429,13 +426,7 @@ def _named(
 
 def _read_parquet(path: Path) -> tuple[list[str], Table]:
     """Column names and content of a Parquet file; a named index is a column like the others."""
-    metadata = pq.read_metadata(path)
-    size = sum(metadata.row_group(k).total_byte_size for k in range(metadata.num_row_groups))
-    if size > MAX_BYTES or metadata.num_rows > MAX_ROWS:
-        raise CompareError(
-            f"{path} has {metadata.num_rows:,} rows in {size / 2**30:.3g} GiB when decompressed; "
-            f"at most {MAX_ROWS:,} rows and {MAX_BYTES / 2**30:.3g} GiB are read."
-        )
+    metadata = parquet_metadata(path)
     names = [str(name).strip() for name in metadata.schema.to_arrow_schema().names]
     if len(set(names)) < len(names):
         return names, Table(pd.DataFrame())  # pyarrow cannot read it, the caller refuses it
@@ -443,6 +434,23 @@ def _read_parquet(path: Path) -> tuple[list[str], Table]:
     frame = frame.reset_index(drop=all(name is None for name in frame.index.names))
     frame.columns = pd.Index([str(name).strip() for name in frame.columns])
     return list(frame.columns), Table(frame)
+
+
+def parquet_metadata(path: Path) -> pq.FileMetaData:
+    """What a Parquet file says of itself.
+
+    Raises:
+        CompareError: It is no regular file, or has too many rows or bytes.
+    """
+    require_regular(path)
+    metadata = pq.read_metadata(path)
+    size = sum(metadata.row_group(k).total_byte_size for k in range(metadata.num_row_groups))
+    if size > MAX_BYTES or metadata.num_rows > MAX_ROWS:
+        raise CompareError(
+            f"{path} has {metadata.num_rows:,} rows in {size / 2**30:.3g} GiB when decompressed; "
+            f"at most {MAX_ROWS:,} rows and {MAX_BYTES / 2**30:.3g} GiB are read."
+        )
+    return metadata
 
 
 def _typed(frame: pd.DataFrame, source: str, *, decimal_comma: bool) -> pd.DataFrame:

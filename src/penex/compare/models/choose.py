@@ -302,6 +302,10 @@ def _timm(
     from penex.compare.models.networks import Foreign
 
     channels, height, width = shape
+    if files := {"cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & {
+        *options
+    }:
+        raise CompareError(f"model_options: timm:{name}: {min(files)} cannot be set")
     if not timm.is_model(name):
         known = timm.list_models()
         raise CompareError(f"model: timm has no model {name!r}.{did_you_mean(name, known)}")
@@ -404,7 +408,11 @@ def _transformers(
     pretrained = options.pop("pretrained", True)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        unknown = [option for option in options if not hasattr(config, option)]
+        unknown = [
+            option
+            for option in options
+            if option.startswith("_") or callable(getattr(config, option, print))
+        ]
         if unknown:
             known = sorted(set(vars(config)) - {"_name_or_path", "transformers_version"})
             raise CompareError(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -12,15 +12,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from penex._terminal import printable
 from penex.compare.data.batches import Batches, evaluation_rows, loader
 from penex.compare.data.images import Images
 from penex.compare.data.new_rows import Rows, as_features
 from penex.compare.data.preprocessing import Arrays, Columns
 from penex.compare.errors import CompareError
+from penex.compare.files import reading, write_bytes
 from penex.compare.models.choose import Architecture
-from penex.compare.models.files import WEIGHTS, Model, read_model, read_network, write_model
+from penex.compare.models.files import (
+    DESCRIPTION,
+    WEIGHTS,
+    Model,
+    read_model,
+    read_network,
+    write_model,
+)
 from penex.compare.models.networks import Normalise, Vocabulary
-from penex.compare.registry import contender
+from penex.compare.registry import parse_loss
 from penex.compare.training.determinism import deterministic
 from penex.compare.user_objects import OBJECT_NAME, known
 
@@ -51,7 +60,7 @@ class Classifier:
 
     def __init__(self, model: Model, weights: Path) -> None:
         self.description, self._weights = model, weights
-        who = contender(model.loss)
+        who = parse_loss(model.loss)
         if OBJECT_NAME.fullmatch(model.network):
             known(model.network, "model")
         if model.kind == "text" and model.network.startswith("transformers:"):
@@ -59,19 +68,22 @@ class Classifier:
                 f"model: {model.network} cannot predict new texts, because its tokenizer is not "
                 "saved with it; its results are in the report"
             )
-        knob = math.nan if model.knob is None else model.knob
-        self._link = who.loss.link(knob, len(model.classes))
-        self._constrain = who.loss.constrain or (lambda logits: logits)
-        self._encoder = _encoder(model)
         self.loss = model.loss
         self.label: str = who.label
         self.temperature = model.temperature
-        convert = CLASS_TYPES[model.class_type]
-        self.classes_ = np.array([convert(name) for name in model.classes])
-        with torch.random.fork_rng():  # fresh weights are drawn, and then replaced
-            network = _architecture(model).network(model.shape, len(model.classes))
+        self._constrain = who.loss.constrain or (lambda logits: logits)
+        self._described = weights.parent / DESCRIPTION
+        with reading(self._described):
+            knob = math.nan if model.knob is None else model.knob
+            self._link = who.loss.link(knob, len(model.classes))
+            self._encoder = _encoder(model)
+            convert = CLASS_TYPES[model.class_type]
+            self.classes_ = np.array([convert(name) for name in model.classes])
+            with torch.random.fork_rng():  # fresh weights are drawn, and then replaced
+                network = _architecture(model).network(model.shape, len(model.classes))
+        state = read_network(weights)["network"]
         try:
-            network.load_state_dict(read_network(weights)["network"])
+            network.load_state_dict(state)
         except RuntimeError as error:
             raise CompareError(f"{weights} is of another network: {error}") from None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,7 +92,7 @@ class Classifier:
     def __repr__(self) -> str:
         about, classes = self.description, self.description.classes
         names = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
-        return f"<{about.network} trained with {self.label} on {about.data}: {names}>"
+        return printable(f"<{about.network} trained with {self.label} on {about.data}: {names}>")
 
     def predict(self, X: Rows) -> NDArray[Any]:  # noqa: N803
         """The most probable class of each row, shape (N,).
@@ -173,9 +185,13 @@ class Classifier:
 
     def _prepare(self, X: Rows) -> "Inputs":  # noqa: N803
         """Rows as the network takes them, except that images are bytes and texts no tokens yet."""
-        inputs: Inputs = as_features(X, self.description)
-        if self.description.preparation is not None:
-            inputs = self.description.preparation(inputs)  # type: ignore[arg-type]
+        features, model = as_features(X, self.description), self.description
+        if model.preparation is None:
+            return cast("Inputs", features)
+        with reading(self._described):
+            inputs = model.preparation(features)
+            if inputs.shape[1:] != model.shape or np.isnan(inputs).any():
+                raise ValueError(f"it does not prepare rows of shape {model.shape}")
         return inputs
 
     def save(self, folder: str | Path) -> Path:
@@ -190,8 +206,7 @@ class Classifier:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_model(folder, self.description)
-        weights = self._weights.read_bytes()
-        (folder / WEIGHTS).write_bytes(weights)
+        write_bytes(folder / WEIGHTS, self._weights.read_bytes())
         return folder
 
     def _logits(self, inputs: Tensor) -> NDArray[np.float32]:

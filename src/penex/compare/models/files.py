@@ -9,14 +9,14 @@ their module is imported, if the reader trusts the folder.
 """
 
 import dataclasses
-import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
-from safetensors import SafetensorError
+from pydantic import ConfigDict, create_model
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
@@ -24,8 +24,15 @@ from penex.compare.data import preprocessing as preparation
 from penex.compare.data.dataset import ClassType
 from penex.compare.data.preprocessing import Preparation
 from penex.compare.errors import CompareError
+from penex.compare.files import (
+    read_bytes,
+    read_json,
+    reading,
+    refuse_links,
+    replacing,
+    write_json,
+)
 from penex.compare.models.choose import Kind
-from penex.compare.output_folder import replacing, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +86,14 @@ class Model:
     epoch: int | None = None
 
 
+_Plain = create_model(  # type: ignore[call-overload]
+    "_Plain",
+    __config__=ConfigDict(strict=True, extra="forbid"),
+    **{name: (kind, ...) for name, kind in get_type_hints(Model).items() if name != "preparation"},
+)
+"""The fields of :class:`Model` that JSON has, with their types."""
+
+
 def write_model(folder: Path, model: Model) -> None:
     """Write :data:`DESCRIPTION` and :data:`ARRAYS` into a folder."""
     values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
@@ -100,23 +115,24 @@ def read_model(folder: Path) -> Model:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise CompareError(f"{folder} holds no model: expected {path}")
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    refuse_links(folder)
+    values: dict[str, Any] = read_json(path)
+    with reading(path):
         written = values.pop("format", None)
         if written != FORMAT:
             raise CompareError(
                 f"{path} has format {written}, and this version of penex reads {FORMAT}"
             )
-        values = _with_arrays(values, load_arrays((folder / ARRAYS).read_bytes()))
+        with reading(folder / ARRAYS):
+            arrays = load_arrays(read_bytes(folder / ARRAYS))
+        values = _with_arrays(values, arrays)
         for name in ("classes", "shape"):
             values[name] = tuple(values[name])
-        if values["preparation"] is not None:
-            values["preparation"] = preparation.restore(values["preparation"])
-        return Model(**values)
-    except CompareError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CompareError(f"{path} is damaged ({error})") from None
+        prepared = values.pop("preparation")
+        _Plain.model_validate(values)
+        if prepared is not None:
+            prepared = preparation.restore(prepared)
+        return Model(**values, preparation=prepared)
 
 
 def _without_arrays(value: Any, name: str, arrays: dict[str, np.ndarray[Any, Any]]) -> Any:
@@ -166,12 +182,10 @@ def read_network(path: Path) -> dict[str, dict[str, "Tensor"]]:
     """
     from safetensors.torch import load
 
-    try:
-        tensors = load(path.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise CompareError(
-            f"{path} is damaged ({error}); remove {path.parent} and run the comparison again"
-        ) from None
+    with reading(path):
+        tensors = load(read_bytes(path, most=sys.maxsize))
+        if any(tensor.isnan().any() for tensor in tensors.values()):
+            raise ValueError("a weight is NaN")
     found: dict[str, dict[str, Tensor]] = {"network": {}, "criterion": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")

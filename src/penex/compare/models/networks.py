@@ -1,4 +1,4 @@
-"""The networks that the comparison trains: logits out, and no parameter that is not used."""
+"""The networks that the comparison trains; they return logits and use all their parameters."""
 
 import re
 from collections import Counter
@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Encoder = Callable[[Iterable[str]], list[NDArray[np.int64]]]
-"""Texts to the numbers of their tokens, each above 0; 0 fills up the shorter texts of a batch."""
+"""Maps texts to the numbers of their tokens, all above 0; 0 pads the shorter texts of a batch."""
 
 
 class Normalise(nn.Module):
-    """Pixels in [0, 1] to [-1, 1]: a mean and a deviation of 0.5 in every channel."""
+    """Maps pixels from [0, 1] to [-1, 1]: mean and standard deviation 0.5 in every channel."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         return (pixels - 0.5) / 0.5
 
 
 def mlp(shape: Sequence[int], num_classes: int, *, hidden: Sequence[int]) -> nn.Sequential:
-    """A multilayer perceptron with ReLU: input of `shape` per row, logits out."""
+    """A multilayer perceptron with ReLU from rows of shape `shape` to logits."""
     widths = [prod(shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for width, following in pairwise(widths):
@@ -33,19 +33,20 @@ def mlp(shape: Sequence[int], num_classes: int, *, hidden: Sequence[int]) -> nn.
 
 
 def _with_channels(images: Tensor) -> Tensor:
-    """Images (n, C, H, W), of which grey ones may have no C."""
+    """Add a channel dimension to images (n, H, W); images (n, C, H, W) stay as they are."""
     return images.unsqueeze(1) if images.ndim == 3 else images
 
 
 class ConvNet(nn.Module):
-    """The paper's network: three convolutions, each halving the picture, and two layers on top.
+    """The paper's network: three convolutions, each halving the image, and two linear layers.
 
     Args:
         shape: (C, H, W), H and W at least 8.
-        num_classes: Width of the logits.
-        dropout: Before the first layer on top, as a probability.
-        deep_supervision: Also classify the channel means after the first and the second
-            convolution. In training the result is then a tuple of three logits, these two first.
+        num_classes: Number of logits.
+        dropout: Dropout probability before the first linear layer.
+        deep_supervision: Whether to classify the channel means after the first and the second
+            convolution, too. In training the result is then a tuple of three logits, these two
+            first.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ConvNet(nn.Module):
         channels, height, width = shape
         widths = [channels, 32, 64, 128]
         self.blocks = nn.ModuleList(
-            # The same as ReLU before pooling, on a quarter of the values.
+            # Equivalent to ReLU before pooling, but computed on a quarter of the values.
             nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.MaxPool2d(2), nn.ReLU())
             for before, after in pairwise(widths)
         )
@@ -71,8 +72,8 @@ class ConvNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        # Channels last take two thirds of the time on a CPU. contiguous() would do nothing for the
-        # single channel of grey images, which then would not pass the layout on.
+        # Channels last takes two thirds of the time on a CPU. contiguous() would not change the
+        # strides of grey images, which would then not propagate the layout.
         images = _with_channels(images).clone(memory_format=torch.channels_last)
         early = []
         for depth, block in enumerate(self.blocks):
@@ -84,17 +85,17 @@ class ConvNet(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer, normalised before each sublayer, that classifies by a token of its own.
+    """A pre-norm vision transformer that classifies by a class token.
 
     Args:
         shape: (C, H, W), H and W multiples of `patch`.
-        num_classes: Width of the logits.
-        patch: Height and width of the squares that become tokens.
-        dim: Width of a token.
-        depth: Layers.
-        heads: Attention heads of a layer.
-        mlp: Width inside a layer.
-        dropout: As a probability.
+        num_classes: Number of logits.
+        patch: Height and width of the square patches that become tokens.
+        dim: Width of the tokens.
+        depth: Number of layers.
+        heads: Number of attention heads per layer.
+        mlp: Width of the feed-forward networks.
+        dropout: Dropout probability.
     """
 
     def __init__(
@@ -128,17 +129,17 @@ class ViT(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """A transformer that learns its own embeddings, and classifies the mean of its tokens.
+    """A transformer with learned embeddings that classifies the mean of its output tokens.
 
     Args:
-        vocabulary: Token numbers run from 0, which is padding, to below this.
-        num_classes: Width of the logits.
-        max_length: Most tokens of a text.
-        dim: Width of a token.
-        depth: Layers.
-        heads: Attention heads of a layer.
-        mlp: Width inside a layer.
-        dropout: As a probability.
+        vocabulary: Number of token numbers, including 0, which is padding.
+        num_classes: Number of logits.
+        max_length: Maximum number of tokens of a text.
+        dim: Width of the tokens.
+        depth: Number of layers.
+        heads: Number of attention heads per layer.
+        mlp: Width of the feed-forward networks.
+        dropout: Dropout probability.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ def _encoder(dim: int, depth: int, heads: int, mlp: int, dropout: float) -> nn.T
     )  # fmt: skip
     norm = nn.LayerNorm(dim, eps=1e-6)
     encoder = nn.TransformerEncoder(layer, depth, norm, enable_nested_tensor=False)
-    for parameter in encoder.parameters():  # torch has made all layers copies of the first
+    for parameter in encoder.parameters():  # torch makes all layers copies of the first
         if parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)
     return encoder
@@ -185,11 +186,11 @@ def _encoder(dim: int, depth: int, heads: int, mlp: int, dropout: float) -> nn.T
 class Vocabulary:
     """An encoder of words and punctuation.
 
-    A text without any is one unknown word, as there is nothing to attend to in no tokens.
+    A text without tokens is encoded as one unknown word, because attention needs at least one.
 
     Args:
-        words: Those that get a number, the first one 2; 0 is padding, 1 every other word.
-        max_length: Tokens beyond these are left out.
+        words: The known words, numbered from 2; 0 is padding, and 1 stands for every other word.
+        max_length: Texts are truncated to this number of tokens.
     """
 
     def __init__(self, words: Iterable[str], *, max_length: int) -> None:
@@ -198,9 +199,12 @@ class Vocabulary:
 
     @classmethod
     def of_texts(cls, texts: Iterable[str], *, size: int, max_length: int) -> "Vocabulary":
-        """The most frequent words of training texts, at most `size` numbers being given."""
+        """The vocabulary of the most frequent words of training texts, with at most `size` numbers.
+
+        The two numbers for padding and unknown words are included in `size`.
+        """
         counts = Counter(word for text in texts for word in _words(text))
-        # By count, then by spelling: the order of the texts does not matter.
+        # Ties are broken by spelling, so that the order of the texts does not matter.
         frequent = sorted(counts, key=lambda word: (-counts[word], word))[: size - 2]
         return cls(frequent, max_length=max_length)
 
@@ -219,13 +223,13 @@ def _words(text: str) -> list[str]:
 
 
 class Foreign(nn.Module):
-    """An image classifier of another library, with the mean and deviation it knows pixels by.
+    """An image classifier of another library, with its own normalisation of pixels.
 
     Args:
-        model: Takes images of `channels` channels.
-        channels: Grey images are repeated to these.
-        mean: Of each channel, for pixels in [0, 1].
-        std: As `mean`.
+        model: A model of images with `channels` channels.
+        channels: Number of channels to which grey images are repeated.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel, for pixels in [0, 1].
     """
 
     mean: Tensor
@@ -252,8 +256,8 @@ class ForeignText(nn.Module):
     """A sequence classifier of the transformers library.
 
     Args:
-        model: Takes ``input_ids`` and ``attention_mask``.
-        padding: Its own number of the padding token.
+        model: A model that takes ``input_ids`` and ``attention_mask``.
+        padding: The model's own number of the padding token.
     """
 
     def __init__(self, model: nn.Module, padding: int) -> None:
@@ -269,11 +273,11 @@ class ForeignText(nn.Module):
 
 
 class Tokenizer:
-    """A tokenizer of the transformers library, its numbers raised by one.
+    """A tokenizer of the transformers library, with its numbers increased by one.
 
     Args:
-        tokenizer: Of the model that is trained.
-        max_length: Tokens beyond these are left out.
+        tokenizer: The tokenizer of the model that is trained.
+        max_length: Texts are truncated to this number of tokens.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:

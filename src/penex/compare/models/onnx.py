@@ -14,6 +14,7 @@ from penex._extras import need
 from penex.compare.data.preprocessing import Arrays, Columns, Table
 from penex.compare.data.scaling import BOUND, PIXEL_BOUND
 from penex.compare.errors import CompareError
+from penex.compare.files import write_bytes
 from penex.compare.models.networks import Normalise
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def export(classifier: "Classifier", path: Path) -> str:
             f"cannot export {classifier!r}: onnxruntime's probabilities differ by {difference:.2g}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    write_bytes(path, content)
     return what
 
 

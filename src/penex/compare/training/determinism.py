@@ -1,4 +1,4 @@
-"""The process-wide settings that make a run reproducible, in force only while it lasts."""
+"""The process-wide settings that make a run reproducible, in force only during the run."""
 
 import contextlib
 import logging
@@ -13,10 +13,10 @@ import torch
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """One thread, deterministic algorithms, and no hints from Lightning.
+    """Use one thread and deterministic algorithms, and silence Lightning.
 
-    Afterwards these settings and the states of the global random number generators of PyTorch
-    (CPU, and CUDA where it was in use before), NumPy and Python are what they were.
+    On exit, these settings are restored, as are the states of the global random number generators
+    of PyTorch (CPU, and CUDA if it was in use before), NumPy and Python.
     """
     threads = torch.get_num_threads()
     mode = torch.get_deterministic_debug_mode()
@@ -31,7 +31,7 @@ def deterministic() -> Iterator[None]:
         try:
             torch.set_num_threads(1)
             torch.set_deterministic_debug_mode("error")
-            # Or every new tensor would be filled before it is written to.
+            # Otherwise every new tensor would be filled before it is written to.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             lightning.setLevel(logging.ERROR)

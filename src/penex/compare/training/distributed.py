@@ -1,7 +1,7 @@
-"""One run over several devices: the processes that torchrun starts, and what they agree on.
+"""One run on several devices: the processes that torchrun starts, and how they cooperate.
 
-All of them go through the same comparison. One leads: it alone shows, claims and writes, and the
-others do what it decided.
+All of them execute the same comparison. Only the process of rank zero displays progress, locks the
+output folder and writes to it; the others follow its decisions.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def world_size() -> int:
 
 
 def devices_and_nodes() -> tuple[int, int]:
-    """Devices on each machine, and machines, as torchrun has them; 1 and 1 without it."""
+    """Numbers of devices per machine and of machines under torchrun; 1 and 1 without it."""
     here = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
     return here, world_size() // here
 
@@ -34,10 +34,10 @@ def start(execution: Execution, command: list[str]) -> int:
     """Run `command` (arguments of Python) under torchrun, on the devices of this machine.
 
     Returns:
-        Its exit status, which is that of the first process to fail.
+        The exit status, which is that of the first process to fail.
 
     Raises:
-        CompareError: Other machines are needed, where nothing can be started from here.
+        CompareError: `execution` needs other machines, where processes cannot be started from here.
     """
     if execution.nodes > 1:
         raise CompareError(
@@ -49,25 +49,25 @@ def start(execution: Execution, command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.disable()  # of torchrun's own: the first of the processes says what there is to say
+    logging.disable()  # torchrun's own; the process of rank zero reports errors
     try:
         torchrun.main(["--standalone", f"--nproc-per-node={execution.devices}", *command])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode
-    except SignalException:  # passed on to the processes, of which the first has said so
+    except SignalException:  # passed on to the processes; that of rank zero has reported it
         return 130
     return 0
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that shows, claims and writes."""
+    """Whether this process is the one that displays progress and writes the output folder."""
     return world_size() == 1 or int(os.environ["RANK"]) == 0
 
 
 @contextlib.contextmanager
 def default_process_group() -> Iterator[None]:
-    """Let the processes talk to each other; Lightning takes this group as it finds it."""
+    """Set up the default process group of the processes, which Lightning then uses."""
     if world_size() == 1:
         yield
         return
@@ -79,13 +79,13 @@ def default_process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        # A sharded network is a cycle that holds the group, which aborts if it outlives this.
+        # A sharded network is a reference cycle that holds the group; outliving it would abort.
         gc.collect()
         torch.distributed.destroy_process_group()
 
 
 def exit_with_parent(parent: int) -> None:
-    """End this process when its parent has ended, because it was killed: nobody waits for it."""
+    """End this process when its parent has ended, which may have been killed."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -95,21 +95,21 @@ def exit_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def on_rank_zero(make: Callable[[], T]) -> T:
-    """What `make` returns or raises where it is called, that is in the leading process."""
+def on_rank_zero(function: Callable[[], T]) -> T:
+    """Call `function` on rank zero, and return its result, or raise its error, on all ranks."""
     if world_size() == 1:
-        return make()
+        return function()
     from torch.distributed import broadcast_object_list
 
-    made: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if is_rank_zero():
         try:
-            made[0] = make()
-        except Exception as error:  # whatever it is: the others must not wait for ever
-            made[1] = error
-    broadcast_object_list(made, src=0)
-    result, refusal = made
-    if refusal is not None:
-        raise refusal
+            outcome[0] = function()
+        except Exception as error:  # of any kind: otherwise the other ranks would wait forever
+            outcome[1] = error
+    broadcast_object_list(outcome, src=0)
+    result, raised = outcome
+    if raised is not None:
+        raise raised
     value: T = result
     return value

@@ -1,4 +1,4 @@
-"""What a comparison will take, before it starts."""
+"""Forecast of the duration of a comparison, before it starts."""
 
 import contextlib
 import math
@@ -7,42 +7,47 @@ from pathlib import Path
 from statistics import mean
 
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json
+from penex.compare.finished_runs import read_record
 
-WORTH_SAYING = 30.0
-"""Seconds; a shorter comparison is over before anybody has read what it will take."""
-SURELY_SHORT = 0.002
-"""Seconds that a step of the small network for numbers takes at most, as a rule: where so little is
-to be done that even these come to nothing worth saying, nothing is measured."""
+SHORTEST_FORECAST = 30.0
+"""Seconds below which no forecast is printed: it would be read after the comparison has ended."""
+STEP_SECONDS = 0.002
+"""Upper estimate of the seconds that a step of the small network for numbers usually takes. Where
+even this gives no forecast, no step is measured."""
 FORWARD = 1 / 3
-"""Time of a validation row, in those of a training row: forward alone, and not backward."""
+"""Time of a validation row relative to that of a training row: forward, without backward."""
 
 
 def seconds_per_epoch(training: float, rows: Sequence[int]) -> float:
-    """Of a whole epoch, from that of its training part; `rows` of training and validation."""
+    """Seconds of a whole epoch from those of its training part.
+
+    Args:
+        training: Seconds of the training part.
+        rows: Numbers of training and of validation rows, in this order.
+    """
     return training * (1 + FORWARD * rows[1] / rows[0])
 
 
 def recorded(runs: Sequence[Path]) -> float | None:
-    """Mean seconds of the training part of an epoch over finished runs; None if there are none."""
+    """Mean seconds of the training part of an epoch of finished runs; None if there are none."""
     seconds = []
     for run in runs:
         with contextlib.suppress(CompareError):  # damaged: said later, if it matters
-            seconds.append(float(read_json(run / "run.json")["seconds_per_epoch"]))
+            seconds.append(float(read_record(run)["seconds_per_epoch"]))
     return mean(seconds) if seconds else None
 
 
 def forecast(stages: Sequence[tuple[int, int]], epochs: int, seconds: float) -> str | None:
-    """A line for the person who waits; None if it is not worth saying.
+    """The forecast as one line; None if it is shorter than :data:`SHORTEST_FORECAST`.
 
     Args:
-        stages: Runs, and how many of them at a time, of each stage after the other.
-        epochs: Of each run.
-        seconds: Of each epoch.
+        stages: For each stage, the number of runs and how many of them run at a time.
+        epochs: Epochs of each run.
+        seconds: Seconds of each epoch.
     """
     rounds = sum(math.ceil(runs / side) for runs, side in stages if runs)
     total = rounds * epochs * seconds
-    if total < WORTH_SAYING:
+    if total < SHORTEST_FORECAST:
         return None
     runs, jobs = sum(runs for runs, _ in stages), max(side for _, side in stages)
     side = f"{jobs} at a time" if jobs > 1 else "one at a time"
@@ -52,7 +57,7 @@ def forecast(stages: Sequence[tuple[int, int]], epochs: int, seconds: float) -> 
 
 
 def duration(seconds: float) -> str:
-    """In words, to about a tenth."""
+    """Seconds in readable units, rounded to about a tenth."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{round(seconds, -1):.0f} s"

@@ -1,7 +1,7 @@
-"""Work on a Ray cluster: one that runs already, or one started for the time being.
+"""Work on a Ray cluster: an existing one, or a temporary one on this machine.
 
-Workers write runs where the local ones do, into the output folder, so all hosts must share it, as
-those of a SLURM or Kubernetes cluster do. Whether they do is tried before the first run.
+Like local workers, those of Ray write runs into the output folder, so all hosts must share it, as
+those of a SLURM or Kubernetes cluster do. This is checked before the first run.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ ANSWER = 10.0
 """Seconds to wait for a cluster to answer."""
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Not to be told at every start that this is about to change.
+    # Silences a warning at every start that the default will change.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -35,17 +35,20 @@ _QUIET = {
 def cluster(
     execution: Execution, folder: Path, shared: tuple[Any, ...]
 ) -> Iterator[tuple[int, Callable[[Callable[..., Any], Sequence[Any]], Iterator[Any]]]]:
-    """See :func:`penex.compare.parallel.workers`; how many there are, and what gives them work.
+    """Connect to a cluster, or start one; see :func:`penex.compare.parallel.workers`.
 
-    joblib has a Ray backend too; it neither yields results as they come nor survives the loss of a
-    worker, and plain tasks do both.
+    joblib also has a Ray backend, but it neither yields results as they finish nor survives the
+    loss of a worker; plain tasks do both.
+
+    Yields:
+        The number of workers, and the function that distributes work among them.
     """
     need("The backend ray", "ray", "ray")
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     import ray
 
-    # Ray prints "a worker died" into the display; there is no public switch for it.
+    # Otherwise Ray prints "a worker died" into the display; there is no public option for this.
     ray._private.worker._worker_logs_enabled = False
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if execution.address is None:
@@ -56,8 +59,8 @@ def cluster(
         ray.init(execution.address or "local", **settings)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise CompareError(
-            f"address: no Ray cluster to be had at {execution.address or 'this machine'}: {error} "
-            "(one that wants a token gets it where RAY_AUTH_MODE=token is set)"
+            f"address: no Ray cluster available at {execution.address or 'this machine'}: {error} "
+            "(for a cluster that requires a token, set RAY_AUTH_MODE=token)"
         ) from error
     try:
         with _probe(folder) as probe:
@@ -74,11 +77,11 @@ def cluster(
             start = functools.partial(remote.remote, probe, references)
             yield places, functools.partial(_each, start, execution.jobs)
     finally:
-        ray.shutdown()  # which ends what still runs
+        ray.shutdown()  # also ends tasks that are still running
 
 
 def _must_answer(address: str) -> None:
-    """Ray itself would try for minutes, and then end the process."""
+    """Check that a server answers: Ray itself would try for minutes and then end the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():  # as in "auto"
         return
@@ -112,13 +115,13 @@ def _each(
             raise error.cause from None
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
             raise CompareError(
-                f"backend: a run lost its worker {RETRIES + 1} times, as a rule because memory ran "
+                f"backend: a run lost its worker {RETRIES + 1} times, usually because memory ran "
                 f"out. Finished runs are kept; the same command continues. Ray says: {error}"
             ) from None
 
 
 def _here(probe: Path, references: list[Any], work: Callable[..., Any], item: Any) -> Any:
-    """In a worker, which may be on a host that has joined since the start."""
+    """Run `work` in a worker, whose host may have joined the cluster after the start."""
     import ray
 
     if not probe.exists():
@@ -128,7 +131,7 @@ def _here(probe: Path, references: list[Any], work: Callable[..., Any], item: An
 
 @contextlib.contextmanager
 def _probe(folder: Path) -> Iterator[Path]:
-    """A file in `folder` that can only be seen where that folder is this one."""
+    """A new file in `folder`, which is visible only to hosts that share the folder."""
     probe = folder.absolute() / f".shared-{uuid.uuid4().hex}"
     probe.touch()
     try:
@@ -138,7 +141,7 @@ def _probe(folder: Path) -> Iterator[Path]:
 
 
 def _must_share(probe: Path) -> None:
-    """Ask every host that can work whether it sees `probe` and has this version of penex."""
+    """Check that every host with CPUs sees `probe` and has this version of penex."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -168,6 +171,6 @@ def _look(probe: Path) -> tuple[str, bool, str]:
 
 def _apart(host: str, folder: Path) -> str:
     return (
-        f"out: Ray's host {host} does not see {folder} of this one; choose a folder (--out) on a "
+        f"out: Ray's host {host} does not see this host's {folder}; choose a folder (--out) on a "
         "file system that all hosts of the cluster share"
     )

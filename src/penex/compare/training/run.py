@@ -50,11 +50,12 @@ from penex.compare.data.dataset import Dataset
 from penex.compare.data.images import Images
 from penex.compare.data.split import Inputs, Split, split
 from penex.compare.errors import CompareError
+from penex.compare.files import replacing, write_json, write_text
 from penex.compare.models.choose import Architecture, resolve, row_shape
 from penex.compare.models.files import WEIGHTS, Model, write_model, write_network
 from penex.compare.models.networks import Normalise, Vocabulary
-from penex.compare.output_folder import CHECKPOINT, checkpoint_file, new_run, replacing, write_json
-from penex.compare.registry import Context, Loss, contender
+from penex.compare.output_folder import CHECKPOINT, checkpoint_file, new_run
+from penex.compare.registry import Context, Loss, parse_loss
 from penex.compare.training.determinism import deterministic
 from penex.compare.training.distributed import is_rank_zero, on_rank_zero
 from penex.compare.training.selection import LAST, Scores, Selected, validation_scores
@@ -120,13 +121,14 @@ def run(task: Task, config: Config, dataset: Dataset, execution: Execution) -> N
                 write_network(checkpoint_file(folder, epoch), snapshot)
         if is_rank_zero():
             write_model(folder, _described(task, config, dataset, ready))
-            np.savez(
-                folder / "logits.npz",
-                allow_pickle=False,
-                validation_target=ready.parts.validation[1],
-                test_target=ready.parts.test[1],
-                **logits,
-            )
+            with replacing(folder / "logits.npz") as stream:
+                np.savez(
+                    stream,
+                    allow_pickle=False,
+                    validation_target=ready.parts.validation[1],
+                    test_target=ready.parts.test[1],
+                    **logits,
+                )
             write_json(folder / "run.json", _record(task, ready, progress))
         on_rank_zero(stack.close)
 
@@ -252,7 +254,7 @@ class _Learner:
         augment: nn.Module | None,
     ) -> None:
         self.fabric, self.config, self.context, self.task = fabric, config, context, task
-        self.loss: Loss = contender(task.spec).loss
+        self.loss: Loss = parse_loss(task.spec).loss
         self.link = self.loss.link(task.knob, context.num_classes)
         self.constrain = self.loss.constrain or (lambda logits: logits)
         self.augment = augment
@@ -549,7 +551,7 @@ class _Progress:
             learner.load_state(state["learner"])
         if is_rank_zero():
             lines = [f"epoch,{','.join(self.columns)},seconds", *self.lines]
-            (self.folder / "curve.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_text(self.folder / "curve.csv", "\n".join(lines) + "\n")
 
 
 def _fabric(config: Config, execution: Execution) -> Fabric:

@@ -1,9 +1,9 @@
-"""Which epoch of a run is used, decided by its validation rows alone.
+"""Selection of the epoch of a run, by its validation rows alone.
 
-Four selections stand side by side: the last epoch; the epoch with the lowest validation NLL; the
-one with the lowest validation NLL after temperature scaling ("refine, then calibrate", Berta et
-al., arXiv 2501.19195: training is stopped where the classes are told apart best, and calibration is
-repaired afterwards); and the one with the highest validation accuracy.
+There are four selections: the last epoch; the epoch with the lowest validation NLL; the one with
+the lowest validation NLL after temperature scaling ("refine, then calibrate", Berta et al., arXiv
+2501.19195: stop training where the classes are separated best, and fix calibration afterwards); and
+the one with the highest validation accuracy.
 """
 
 import math
@@ -28,7 +28,7 @@ Scores = Mapping[str, float]
 
 
 def in_sentence(selection: str) -> str:
-    """The title of a selection as it follows a colon or a comma."""
+    """The title of a selection for use within a sentence."""
     title = SELECTIONS[selection]
     return title[0].lower() + title[1:]
 
@@ -38,13 +38,13 @@ _RANK: dict[str, Callable[[Scores], tuple[float, ...]]] = {
     "nll": lambda scores: (scores["nll"],),
     "accuracy": lambda scores: (-scores["accuracy"], scores["nll"]),
 }
-"""What each selection minimises; of equal epochs the first is taken."""
+"""The key that each selection minimises; among equal epochs the first is selected."""
 
 
 def validation_scores(
     logits: NDArray[np.float64], log_proba: NDArray[np.float64], target: NDArray[np.int64]
 ) -> Scores:
-    """Scores of validation rows after an epoch.
+    """Scores of the validation rows after an epoch.
 
     Args:
         logits: Shape (N, K).
@@ -53,8 +53,8 @@ def validation_scores(
 
     Returns:
         "nll", of the link's probabilities; "refined_nll", the same after temperature scaling fitted
-        to the same rows; "softmax_nll", of plain softmax; and "accuracy". NaN where `logits` holds
-        NaN or infinite values.
+        to the same rows; "softmax_nll", of plain softmax; and "accuracy". All are NaN if `logits`
+        or `log_proba` contain NaN or infinite values.
     """
     if not (np.isfinite(logits).all() and np.isfinite(log_proba).all()):
         return dict.fromkeys(("nll", "refined_nll", "softmax_nll", "accuracy"), math.nan)
@@ -71,10 +71,10 @@ class Selected:
     """The epochs selected so far, with a snapshot of the network after each of them.
 
     Attributes:
-        epochs: The epoch of every selection but the last one, counted from 1; a selection is
-            missing while no epoch has had finite scores.
-        scores: The validation scores of these epochs.
-        snapshots: By epoch.
+        epochs: The epoch of every selection except "last", counted from 1; empty while no epoch
+            has had finite scores.
+        scores: The validation scores of these epochs, by epoch.
+        snapshots: The snapshots of these epochs, by epoch.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Selected:
         self.snapshots: dict[int, dict[str, Any]] = {}
 
     def update(self, epoch: int, scores: Scores, snapshot: Callable[[], dict[str, Any]]) -> None:
-        """Consider an epoch; `snapshot` is called only if a selection takes it."""
+        """Consider an epoch; `snapshot` is called only if the epoch is selected."""
         if not all(math.isfinite(score) for score in scores.values()):
             return
         for name, rank in _RANK.items():
@@ -97,10 +97,10 @@ class Selected:
             del self.scores[unused], self.snapshots[unused]
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` restores."""
+        """The state, for :meth:`load`."""
         return {"epochs": self.epochs, "scores": self.scores, "snapshots": self.snapshots}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state`."""
+        """Restore a result of :meth:`state`."""
         self.epochs, self.scores = state["epochs"], state["scores"]
         self.snapshots = state["snapshots"]

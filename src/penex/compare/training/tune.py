@@ -1,10 +1,10 @@
 """Tuning with the same budget for every loss: its learning rate and its one knob, by TPE.
 
-A study has all its trials from the start, numbered and waiting. The storage lets one process take a
-trial; the trial of a process that died waits again, with the parameters it had. What is proposed
-for trial n depends on n and on the results before it, in the order of their numbers, and on nothing
-else. So several processes can share a study, and one alone proposes after a restart what it would
-have proposed anyway.
+All trials of a study are created at the start, numbered and waiting. The storage assigns each trial
+to one process; if that process dies, the trial waits again and keeps its parameters. The parameters
+proposed for trial n depend only on n and on the results so far, in the order of their numbers. So
+several processes can share a study, and a single process proposes the same parameters after a
+restart as without one.
 """
 
 import contextlib
@@ -36,18 +36,19 @@ from sqlalchemy.exc import DBAPIError
 from penex.compare.config import Config, Execution, Task
 from penex.compare.data.load import Dataset
 from penex.compare.errors import CompareError
-from penex.compare.output_folder import read_json, trial_folder
-from penex.compare.registry import contender
+from penex.compare.finished_runs import read_record
+from penex.compare.output_folder import trial_folder
+from penex.compare.registry import parse_loss
 from penex.compare.training.distributed import on_rank_zero
 
 LR_SPAN = 30.0
 """The learning rate is searched from `lr` / LR_SPAN to `lr` * LR_SPAN."""
 HEARTBEAT_SECONDS = 15.0
-"""Seconds between two signs of life of a trial in a study that is shared."""
+"""Seconds between two heartbeats of a trial in a shared study."""
 ATTEMPTS = 5
-"""To open a database: of processes that make the same tables at the same time, one succeeds."""
+"""Attempts to open a database: of processes that create its tables at once, only one succeeds."""
 MISSED = 6
-"""After so many missed signs of life a trial is taken to be dead."""
+"""Missed heartbeats after which a trial is considered dead."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,21 @@ class Trial:
     """A trial that this process has taken."""
 
     key: int
-    """The storage's number for it."""
+    """The storage's identifier of the trial."""
     task: Task
 
 
 class Study:
-    """The trials of one loss, `config.tune` of them, wherever they are stored.
+    """The trials of one loss, `config.tune` of them, in any storage.
 
     Args:
         folder: The output folder.
         spec: The loss.
-        config: Its budget, and what is searched.
-        dataset: A storage that serves several comparisons tells them apart by data too.
+        config: The number of trials and the settings that define the search space.
+        dataset: The data, by which a storage also distinguishes comparisons.
         execution: Names the storage.
-        worker: Number of this process among those of this command that tune this loss.
-        beat: Seconds between two signs of life.
+        worker: Index of this process among those of this command that tune this loss.
+        beat: Seconds between two heartbeats.
 
     Raises:
         CompareError: The storage cannot be opened.
@@ -90,7 +91,9 @@ class Study:
         self.space = _space(spec, config)
         self.trials = config.tune
         self.alone = execution.storage is None and execution.tune_jobs == 1
-        self.owner = f"{platform.node()}:{folder.absolute()}:{worker}"
+        # A digest: neither the machine's name nor a path goes into a file that may be shared.
+        owner = f"{platform.node()}:{folder.absolute()}:{worker}"
+        self.owner = hashlib.sha256(owner.encode()).hexdigest()
         self.storage = _storage(folder, execution.storage)
         facts = json.dumps(
             [config.fixed(), config.lr_for(spec), dataset.fingerprint], sort_keys=True
@@ -98,12 +101,12 @@ class Study:
         self.name = f"penex {spec} {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
         study = optuna.create_study(storage=self.storage, study_name=self.name, load_if_exists=True)
         self.id = self.storage.get_study_id_from_name(self.name)
-        # Two processes that start at once may make more than asked for; those are never taken.
+        # Two processes that start at the same time may create too many; the excess is never taken.
         for _ in range(self.storage.get_n_trials(self.id), self.trials):
             study.enqueue_trial({})
 
     def take(self) -> Trial | None:
-        """The next waiting trial, now this process's; None if none is waiting."""
+        """Take the next waiting trial for this process; None if none is waiting."""
         for waiting in self._in(TrialState.WAITING):
             key = self._key(waiting)
             with contextlib.suppress(UpdateFinishedTrialError):
@@ -113,21 +116,22 @@ class Study:
         return None
 
     def tell(self, trial: Trial) -> None:
-        """Score a trial by its run, which is finished."""
+        """Record the score of a trial whose run is finished."""
         score = _score(trial.task.folder, self.config)
-        with contextlib.suppress(UpdateFinishedTrialError):  # by another process, to the same score
+        with contextlib.suppress(UpdateFinishedTrialError):  # by another process; the same score
             self.storage.set_trial_state_values(trial.key, TrialState.COMPLETE, [score])
 
     def give_back(self, key: int) -> None:
-        """Let a trial that was not finished wait again, keeping its parameters."""
+        """Return an unfinished trial to the waiting ones; it keeps its parameters."""
         with contextlib.suppress(UpdateFinishedTrialError):
             self.storage.set_trial_state_values(key, TrialState.WAITING)
 
     def reclaim(self, *, own: bool) -> None:
-        """Let trials whose process is dead wait again.
+        """Return trials whose process is dead to the waiting ones.
 
         Args:
-            own: Those of this process's predecessor too, which is known to be dead.
+            own: Whether to include the trials of this process's predecessor, which is known to be
+                dead.
         """
         for running in self._in(TrialState.RUNNING):
             mine = self.alone or running.user_attrs.get("owner") == self.owner
@@ -136,7 +140,7 @@ class Study:
 
     @contextlib.contextmanager
     def alive(self, key: int) -> Iterator[None]:
-        """Give signs of life for a trial, where another process might wait for them."""
+        """Send heartbeats for a trial, unless no other process uses the study."""
         if self.alone:
             yield
             return
@@ -144,7 +148,7 @@ class Study:
 
         def beat() -> None:
             while not over.is_set():
-                # A storage that fails now will fail where the score is told, and say so there.
+                # A storage that fails here will also fail, and raise, when the score is recorded.
                 with contextlib.suppress(OptunaError, OSError):
                     self.storage.set_trial_user_attr(key, "alive", time.time())
                 over.wait(self.beat)
@@ -158,7 +162,7 @@ class Study:
             thread.join()
 
     def is_finished(self) -> bool:
-        """Whether all trials are."""
+        """Whether all trials are finished."""
         return len(self._in(TrialState.COMPLETE)) == self.trials
 
     def best(self) -> dict[str, float]:
@@ -167,12 +171,12 @@ class Study:
         return self._untuned() | best.params
 
     def _propose(self, waiting: FrozenTrial, key: int) -> Task:
-        """Parameters it had before, or those of its run on disk, or new ones."""
+        """The task of a trial, with earlier parameters, those of its run on disk, or new ones."""
         done = trial_folder(self.folder, self.spec, waiting.number)
         values = self._untuned()
         known = None
         if done.exists():
-            known = read_json(done / "run.json")
+            known = read_record(done)
         elif waiting.number == 0:  # so that tuning can only improve the score
             known = values
         for name, span in self.space.items():
@@ -180,7 +184,7 @@ class Study:
                 self.storage.set_trial_param(key, name, known[name], span)
         with _stable():
             sampler = TPESampler(seed=waiting.number, multivariate=True, constant_liar=True)
-        # Loaded anew, because a study remembers trials as they were when it last asked.
+        # Loaded again, because a study caches its trials.
         study = optuna.load_study(study_name=self.name, storage=self.storage, sampler=sampler)
         trial = optuna.Trial(study, key)
         for name, span in self.space.items():
@@ -194,7 +198,7 @@ class Study:
         return bool(time.time() - last > MISSED * self.beat)
 
     def _untuned(self) -> dict[str, float]:
-        return {"lr": self.config.lr_for(self.spec), "knob": contender(self.spec).untuned}
+        return {"lr": self.config.lr_for(self.spec), "knob": parse_loss(self.spec).untuned}
 
     def _in(self, state: TrialState) -> list[FrozenTrial]:
         trials = self.storage.get_all_trials(self.id, deepcopy=False, states=(state,))
@@ -207,21 +211,21 @@ class Study:
 def open_studies(
     folder: Path, config: Config, dataset: Dataset, execution: Execution
 ) -> dict[str, Study]:
-    """The studies of losses that have something to tune, made if missing.
+    """Open the studies of losses that have something to tune, and create the missing ones.
 
-    To be called before anybody tunes in `folder`.
+    Must be called before any process tunes in `folder`.
     """
 
     def opened() -> dict[str, Study]:
         tunable = [spec for spec in config.losses if _space(spec, config)]
         return {spec: Study(folder, spec, config, dataset, execution) for spec in tunable}
 
-    def made() -> None:
+    def create() -> None:
         if execution.storage is None:
-            _mend(_journal(folder))
+            _repair(_journal(folder))
         opened()
 
-    on_rank_zero(made)
+    on_rank_zero(create)
     return opened()
 
 
@@ -235,13 +239,13 @@ def tune(
     worker: int = 0,
     beat: float = HEARTBEAT_SECONDS,
 ) -> None:
-    """Run trials of one loss until none is waiting; other processes may be doing the same.
+    """Run trials of one loss until none is waiting; other processes may do so at the same time.
 
-    A trial is a run at seed 0, scored by the validation rows at the epoch that `config.select`
-    selects. The test rows are the same at all seeds then, so tuning has seen none of them. For the
-    arguments see :class:`Study`.
+    A trial is a run at seed 0, scored on the validation rows at the epoch that `config.select`
+    selects. With tuning, the test rows are the same at all seeds, so no trial has seen any of them.
+    For the arguments see :class:`Study`.
     """
-    from penex.compare.training.run import run  # torch and Lightning: only the process that trains
+    from penex.compare.training.run import run  # imports torch and Lightning: only when training
 
     study = Study(folder, spec, config, dataset, execution, worker=worker, beat=beat)
     on_rank_zero(lambda: study.reclaim(own=True))
@@ -259,19 +263,19 @@ def tune(
 
 
 def _space(spec: str, config: Config) -> dict[str, FloatDistribution]:
-    who, lr = contender(spec), config.lr_for(spec)
+    candidate, lr = parse_loss(spec), config.lr_for(spec)
     space = {}
     if config.tune_lr:
         space["lr"] = FloatDistribution(lr / LR_SPAN, lr * LR_SPAN, log=True)
-    knob = who.loss.knob
-    if knob is not None and who.value is None:
+    knob = candidate.loss.knob
+    if knob is not None and candidate.value is None:
         space["knob"] = FloatDistribution(knob.low, knob.high, log=knob.log)
     return space
 
 
 def _score(run: Path, config: Config) -> float:
     """What tuning minimises, of a finished run; infinite if it diverged."""
-    scores = read_json(run / "run.json")["validation"].get(config.select)
+    scores = read_record(run)["validation"].get(config.select)
     if scores is None:
         return math.inf
     if config.select == "accuracy":
@@ -295,17 +299,17 @@ def _storage(folder: Path, url: str | None) -> BaseStorage:
     while True:
         try:
             return RDBStorage(url)
-        except Exception as error:  # of SQLAlchemy, or of the driver for this kind of database
+        except Exception as error:  # from SQLAlchemy, or from the driver of this kind of database
             left -= 1
             if left and isinstance(error, DBAPIError):
                 time.sleep(random.uniform(0.2, 1.0))  # noqa: S311
                 continue
-            hidden = re.sub(r"//[^@/]*@", "//…@", url)  # no password into a log
+            hidden = re.sub(r"//[^@/]*@", "//…@", url)  # keeps the password out of logs
             raise CompareError(f"storage: cannot open {hidden}: {error}") from None
 
 
 class _Lock(JournalFileOpenLock):
-    """That of Optuna outlives its holder, if that is killed; this one does not."""
+    """A lock that the system releases if its holder is killed, unlike Optuna's own."""
 
     def __init__(self, journal: Path) -> None:
         super().__init__(str(journal))
@@ -321,14 +325,14 @@ class _Lock(JournalFileOpenLock):
 
 @contextlib.contextmanager
 def _stable() -> Iterator[None]:
-    """Not to be told what older versions of Optuna call experimental."""
+    """Silence the warnings of Optuna versions in which these features are still experimental."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield
 
 
-def _mend(journal: Path) -> None:
-    """Cut off a line that a full disk or a crash has left half-written."""
+def _repair(journal: Path) -> None:
+    """Remove an incomplete last line, left by a full disk or a crash."""
     if journal.exists():
         content = journal.read_bytes()
         if not content.endswith(b"\n"):
