@@ -173,8 +173,8 @@ def test_without_bias_and_without_gradient() -> None:
 def test_evaluation_makes_nothing_of_the_weights_size(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.memory import peak
 
-    monkeypatch.setattr(_linear, "LEAST_ROWS", 1)
-    monkeypatch.setattr(_linear, "BLOCK", 1000)
+    monkeypatch.setattr(_linear, "MIN_BLOCK_ROWS", 1)
+    monkeypatch.setattr(_linear, "BLOCK_BYTES", 1000)
     hidden, weight, target, _ = make(20, 50, 3000, torch.float32)
     weight.requires_grad_()
 
@@ -354,7 +354,8 @@ def test_module_is_a_linear_layer_and_penex(options: dict[str, Any]) -> None:
 def test_state_is_loaded_strictly_between_fresh_and_trained(bias: bool) -> None:
     trained, fresh = LinearPENEX(5, 7, bias), LinearPENEX(5, 7, bias)
     trained(torch.randn(4, 5), torch.randint(7, (4,)))
-    assert list(trained.state_dict()) == ["weight", *(["bias"] if bias else []), "penalty"]
+    assert list(trained.state_dict()) == ["weight", *["bias"][: int(bias)], "criterion.penalty"]
+    penex.LinearLoss(5, 7, bias=bias).load_state_dict(trained.state_dict())
     other = copy.deepcopy(fresh)
     fresh.load_state_dict(trained.state_dict())
     assert fresh.penalty == trained.penalty

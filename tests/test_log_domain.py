@@ -51,8 +51,8 @@ def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "device":
         monkeypatch.setattr(_inputs, "INSPECT_VALUES", False)
     if path.endswith("pieces"):
-        monkeypatch.setattr(_passes, "PIECE", 48)
-        monkeypatch.setattr(_rows, "SMALL", 0)
+        monkeypatch.setattr(_passes, "PIECE_BYTES", 48)
+        monkeypatch.setattr(_rows, "SMALL_BATCH", 0)
 
 
 @pytest.fixture(params=PATHS)

@@ -57,8 +57,8 @@ def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "definition":
         monkeypatch.setattr(_rows, "_differentiated_once", lambda *args: False)
     if path == "pieces":
-        monkeypatch.setattr(_passes, "PIECE", 48)
-        monkeypatch.setattr(_rows, "SMALL", 0)
+        monkeypatch.setattr(_passes, "PIECE_BYTES", 48)
+        monkeypatch.setattr(_rows, "SMALL_BATCH", 0)
     if path == "softmax":
         for kind in (_row_losses.Penex, _row_losses.LogPenex):
             monkeypatch.setattr(kind, "can_use_partition", lambda *args: False)

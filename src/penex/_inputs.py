@@ -91,13 +91,9 @@ def positive(name: str, value: object) -> float:
     return number(name, value, 0.0, math.inf, open_low=True)
 
 
-def count(name: str, value: object) -> int:
-    """`value` as an int, refused unless it is a whole number of things, one at least."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return int(value)
+def nonnegative(name: str, value: object) -> float:
+    """`value` as a float, refused unless it is finite and at least zero."""
+    return number(name, value, 0.0, math.inf)
 
 
 def choice(name: str, value: object, options: tuple[str, ...]) -> str:
@@ -114,6 +110,14 @@ def integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     return int(value)
+
+
+def count(name: str, value: object) -> int:
+    """`value` as an int, refused unless it is a whole number of things, one at least."""
+    result = integer(name, value)
+    if result < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return result
 
 
 def check_reduction(value: object) -> Reduction:

@@ -37,18 +37,15 @@ from penex._inputs import (
 from penex._log_mean import row_dtype
 from penex._matmul import add_product, linear
 from penex._passes import powers_from
-from penex._penalty import PENALTY_MAX, PENALTY_MIN, Bounds, EstimatedPenalty, GivenPenalty
-from penex._row_losses import Penex, RowLoss, Rows, Rule
-from penex._rows import log_partition
+from penex._penalty import rule_of
+from penex._row_losses import Penex, RowLoss, Rows, Rule, log_partition
 
 __all__ = ["linear_loss", "linear_penex_loss", "sampled_linear_penex_loss"]
 
-BLOCK, LARGE_BLOCK = 1 << 25, 1 << 28
+BLOCK_BYTES, DEVICE_BLOCK_BYTES = 1 << 25, 1 << 28
 """Bytes of logits held at a time, on the CPU and on other devices."""
-LEAST_ROWS = 256
+MIN_BLOCK_ROWS = 256
 """A block has so many rows at least: products of fewer are slow."""
-LARGEST = 1e300
-"""Stands for an infinite exponent."""
 GROWTH = 20.0
 """So far exponents may rise above the first ones before what was summed is scaled down."""
 
@@ -104,14 +101,12 @@ def linear_loss(
         >>> linear_loss(hidden, weight, torch.tensor([0, 1]), criterion=FocalLoss(gamma=1.0))
         tensor(0.0497)
     """
-    loss, options = _criterion(criterion)
     return head_loss(
         input,
         weight,
         target,
         bias,
-        loss=loss,
-        **options,
+        **options_of(criterion),
         chunk_size=chunk_size,
         vocab_group=vocab_group,
         num_classes=num_classes,
@@ -224,39 +219,34 @@ def sampled_linear_penex_loss(
     )
 
 
-def _criterion(criterion: nn.Module | Rule) -> tuple[RowLoss, dict[str, Any]]:
-    """The loss of the rows' numbers and the options that a criterion, or a rule, stands for."""
+def options_of(criterion: nn.Module | Rule) -> dict[str, Any]:
+    """The loss of the rows' numbers, and the options, that a criterion or a rule stands for."""
     if not isinstance(criterion, nn.Module) and callable(criterion):
-        options = {"class_weight": None, "ignore_index": -100, "reduction": "mean"}
-        return row_losses.RuleLoss(criterion), options
-    check_criterion(criterion)
-    loss: Any = criterion
-    return loss._row_loss(), {
-        "class_weight": loss.weight,
-        "ignore_index": loss.ignore_index,
-        "reduction": loss.reduction,
-    }
-
-
-def check_criterion(criterion: Any) -> None:
-    """Refuse what is no function of two numbers a row."""
-    if not hasattr(criterion, "_row_loss"):
+        rule = row_losses.RuleLoss(criterion)
+        return {"loss": rule, "class_weight": None, "ignore_index": -100, "reduction": "mean"}
+    found: Any = criterion
+    loss: RowLoss | None = found._row_loss() if hasattr(criterion, "_row_loss") else None
+    if loss is None or not loss.by_rows(soft=False):
         raise TypeError(
             "criterion: expected a criterion of penex.losses that is a function of two numbers a "
             f"row, or a rule, got {type(criterion).__name__}"
         )
-    if criterion.label_smoothing:
+    if found.label_smoothing:
         raise ValueError(
             "criterion: the loss of a linear layer takes no label smoothing, got "
-            f"label_smoothing={criterion.label_smoothing}"
+            f"label_smoothing={found.label_smoothing}"
         )
+    return {
+        "loss": loss,
+        "class_weight": found.weight,
+        "ignore_index": found.ignore_index,
+        "reduction": found.reduction,
+    }
 
 
 def _penex(sensitivity: float, penalty: float | Tensor | None, huberization: float | None) -> Penex:
-    bounds = Bounds.checked(sensitivity, PENALTY_MIN, PENALTY_MAX)
-    rule = EstimatedPenalty(bounds) if penalty is None else GivenPenalty(penalty)
-    threshold = None if huberization is None else math.log(positive("huberization", huberization))
-    return Penex(bounds.sensitivity, rule, threshold)
+    alpha = positive("sensitivity", sensitivity)
+    return Penex(alpha, rule_of(penalty, alpha), huberization)
 
 
 class _Batch(NamedTuple):
@@ -519,9 +509,9 @@ class Shard(NamedTuple):
     def block_rows(self, hidden: Tensor) -> int:
         """Rows of a block: the same on all ranks, as each block takes a collective."""
         ranks = 1 if self.group is None else dist.get_world_size(self.group)
-        room = BLOCK if hidden.is_cpu else LARGE_BLOCK
+        room = BLOCK_BYTES if hidden.is_cpu else DEVICE_BLOCK_BYTES
         size = -(-self.num_classes // ranks) * computed_in(hidden).itemsize
-        return max(room // size, LEAST_ROWS)
+        return max(room // size, MIN_BLOCK_ROWS)
 
     def place(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Where the labels are in this shard, valid to index with, and which are; None: all."""
@@ -574,7 +564,10 @@ class _Layer:
 
 
 class _Gradients:
-    """The sums c (p W), p^T (c h) and p^T c over the blocks; None where none is wanted."""
+    """The sums c (p W), p^T (c h) and p^T c over the blocks, relative to e^log_scale.
+
+    None where none is wanted. Relative, as slopes and their sums may be beyond the dtype.
+    """
 
     def __init__(self, layer: _Layer, wanted: tuple[bool, ...]) -> None:
         given = layer.hidden, layer.weight, layer.bias
@@ -583,11 +576,21 @@ class _Gradients:
             torch.zeros_like(x, dtype=layer.dtype) if want and x is not None else None
             for x, want in zip(given, wanted, strict=True)
         ]
+        dtype = row_dtype(layer.hidden)
+        self.largest = torch.finfo(dtype).max
+        self.log_scale = torch.full((), -self.largest, dtype=dtype, device=layer.hidden.device)
 
-    def add(self, block: slice, powers: Tensor, c: Tensor) -> None:
-        """Add a block with p = powers, up to factors of the rows that are in c."""
+    def add(
+        self, block: slice, powers: Tensor, factor: Tensor, log_c: Tensor, sign: Tensor | float
+    ) -> None:
+        """Add a block with p = factor * powers and c = sign * e^log_c."""
         to_hidden, to_weight, to_bias = self.sums
         hidden, weight = self.layer.hidden[block], self.layer.weight
+        top = log_c.amax().clamp(max=self.largest)
+        if not can_inspect(top) or top > self.log_scale + GROWTH:
+            before, self.log_scale = self.log_scale, torch.maximum(self.log_scale, top)
+            self.scale(before - self.log_scale)
+        c = ((log_c - self.log_scale).exp() * sign).to(factor.dtype) * factor
         if to_bias is not None:
             to_bias.addmv_(powers.t(), c.squeeze(1))
         powers = powers.to(weight.dtype)
@@ -597,8 +600,15 @@ class _Gradients:
         if to_weight is not None:
             add_product(to_weight, powers.t(), hidden * c.to(hidden.dtype))
 
-    def add_labels(self, labels: Tensor, dt: Tensor) -> None:
-        """Add what the slopes in t contribute."""
+    def finish(
+        self, labels: Tensor, log_dt: Tensor, sign: Tensor, log_factor: Tensor | float = 0.0
+    ) -> None:
+        """Multiply by e^log_factor, and add what the slopes in t contribute."""
+        before = self.log_scale + log_factor
+        largest = log_dt.amax() if log_dt.numel() else before
+        self.log_scale = torch.maximum(before, largest).clamp(-self.largest, self.largest)
+        self.scale(before - self.log_scale)
+        dt = ((log_dt - self.log_scale).exp() * sign).to(self.layer.dtype)
         to_hidden, to_weight, to_bias = self.sums
         place, inside = self.layer.shard.place(labels)
         if inside is not None:
@@ -611,6 +621,8 @@ class _Gradients:
                 to_weight.index_add_(0, at, self.layer.hidden[block] * slope)
         if to_bias is not None:
             to_bias.index_add_(0, place, dt.squeeze(1))
+        if to_hidden is not None and self.layer.shard.group is not None:
+            dist.all_reduce(to_hidden, group=self.layer.shard.group)
 
     def scale(self, log_factor: Tensor, sign: Tensor | float = 1.0) -> None:
         """Multiply by a factor that may be beyond the dtype: in two steps, each within it."""
@@ -621,15 +633,13 @@ class _Gradients:
             if total is not None:
                 total.mul_((half * sign).to(total.dtype)).mul_(half.to(total.dtype))
 
-    def shrink(self, log_factor: Tensor) -> None:
-        """Multiply by a factor of at most 1."""
-        for total in self.sums:
-            if total is not None:
-                total.mul_(log_factor.exp().to(total.dtype))
-
 
 class _Head(Function):
-    """From hidden states, weight and bias to the loss; the other arguments are the boundary's."""
+    """From hidden states, weight and bias to the loss; the other arguments are the boundary's.
+
+    The forward pass computes the gradients up to the upstream gradient, a factor. For ``none`` that
+    has a number for each row, and the backward pass computes them.
+    """
 
     @staticmethod
     def forward(
@@ -648,32 +658,30 @@ class _Head(Function):
         layer = _Layer(hidden, weight, bias, shard, step)
         # Without gradients autograd still calls them needed, if a parameter might want one.
         wanted = tuple(tracked and need for need in ctx.needs_input_grad[:3])
-        gradients = _Gradients(layer, wanted) if any(wanted) and reduction != "none" else None
-        denominator, numbers = weights.sum(), []
-        scaled = _ScaledSum(gradients)
+        now = any(wanted) and reduction != "none" and len(hidden) > 0
+        gradients = _Gradients(layer, wanted) if now else None
+        denominator, numbers = weights.sum(), [weights[:0].expand(0, 2)]
         for block in layer.blocks:
             t, s, powers, factor = layer.rows(block, labels)
             t, s = (x.masked_fill(weights[block] == 0, 0) for x in (t, s))
             numbers.append(torch.cat([t, s], 1))
-            if gradients is None:
-                continue
-            rows = Rows(t, s, t - s, weights[block], denominator, reduction, shard.num_classes)
-            if loss.sums_rows:
-                c = torch.as_tensor(loss.on_rows(rows).ds, device=s.device)
-            else:
-                c = scaled.slopes(loss.relative_slopes(rows))
-            gradients.add(block, powers, c.to(factor.dtype) * factor)
+            if gradients is not None:
+                rows = Rows(t, s, t - s, weights[block], denominator, reduction, shard.num_classes)
+                gradients.add(block, powers, factor, *_relative_slopes(loss, rows))
             del powers  # or two blocks would be held
-        t, s = torch.cat([weights[:0].expand(0, 2), *numbers]).tensor_split(2, 1)
-        rows = Rows(t, s, t - s, weights, None, reduction, shard.num_classes)
+        t, s = torch.cat(numbers).tensor_split(2, 1)
+        rows = Rows(t, s, t - s, weights, denominator, reduction, shard.num_classes)
         outcome = loss.on_rows(rows)
         dt, ds = (
             torch.as_tensor(x, dtype=s.dtype, device=s.device) for x in (outcome.dt, outcome.ds)
         )
         log_ds = ds.abs().log() if outcome.log_dz is None else outcome.log_dz + s
         log_dt = dt.abs().log() if outcome.log_dt is None else outcome.log_dt
+        if gradients is not None:  # the factor, by the row with the largest slope
+            exponent, _ = _relative_slopes(loss, rows)
+            row = exponent.argmax()
+            gradients.finish(labels, log_dt, dt.sign(), log_ds.take(row) - exponent.take(row))
         ctx.slopes = dt.sign(), log_dt, ds.sign(), log_ds
-        ctx.log_factor = scaled.log_factor(log_ds)
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.gradients, ctx.shard, ctx.step = gradients, shard, step
         return outcome.value
@@ -687,35 +695,25 @@ class _Head(Function):
                 "torch.nn.functional.linear(input, weight, bias)"
             )
         hidden, weight, bias, labels = ctx.saved_tensors
-        sign_dt, log_dt, sign_ds, log_ds = ctx.slopes
         gradients: _Gradients | None = ctx.gradients
         ctx.gradients = None
+        sign_dt, log_dt, sign_ds, log_ds = ctx.slopes
         grad = grad.to(log_ds.dtype)
         grad = grad.unsqueeze(1) if grad.ndim else grad
         log_grad, sign = grad.abs().log(), grad.sign()
-        log_dt, log_ds = log_dt + log_grad, log_ds + log_grad
         with _no_autocast(hidden):
-            stored = gradients is not None
-            log_factor = ctx.log_factor + log_grad if stored else _largest(log_ds)
-            # All is added up at one scale, and multiplied by that at last, so that no infinities
-            # meet, and what overflows is infinite.
-            scale = torch.maximum(_largest(log_dt), log_factor).clamp(min=-LARGEST, max=LARGEST)
-            if can_inspect(hidden) and max(abs(scale.item()), abs(log_factor.item())) < 60:
-                scale = torch.zeros_like(scale)
-            if gradients is None:
+            if gradients is None:  # "none", or the forward pass's are used up
                 layer = _Layer(hidden, weight, bias, ctx.shard, ctx.step)
                 gradients = _Gradients(layer, ctx.needs_input_grad[:3])
-                c = (log_ds - scale).exp() * sign_ds * sign
+                log_c, sign_c = log_ds + log_grad, sign_ds * sign
                 for block in layer.blocks:
                     _, _, powers, factor = layer.rows(block, labels)
-                    gradients.add(block, powers, c[block].to(factor.dtype) * factor)
+                    gradients.add(block, powers, factor, log_c[block], sign_c[block])
+                    del powers
+                gradients.finish(labels, log_dt + log_grad, sign_dt * sign)
+                gradients.scale(gradients.log_scale)
             else:
-                gradients.scale(log_factor - scale, sign)
-            slopes = (log_dt - scale).exp() * sign_dt * sign
-            gradients.add_labels(labels, slopes.to(gradients.layer.dtype))
-            if gradients.sums[0] is not None and ctx.shard.group is not None:
-                dist.all_reduce(gradients.sums[0], group=ctx.shard.group)
-            gradients.scale(scale)
+                gradients.scale(gradients.log_scale + log_grad, sign)
         given = (hidden, weight, bias)
         made = (
             None if x is None else x.to(y.dtype) for x, y in zip(gradients.sums, given, strict=True)
@@ -723,34 +721,7 @@ class _Head(Function):
         return *made, *[None] * 7
 
 
-class _ScaledSum:
-    """Slopes in s that are known up to one factor of the batch, relative to the largest so far."""
-
-    def __init__(self, gradients: _Gradients | None) -> None:
-        self.gradients = gradients
-        self.exponents: list[Tensor] = []
-        self.largest: Tensor | None = None
-
-    def slopes(self, exponent: Tensor) -> Tensor:
-        """Those of a block, whose logarithms these are; what was summed is scaled to match."""
-        assert self.gradients is not None  # noqa: S101
-        self.exponents.append(exponent)
-        top = exponent.amax().clamp(min=-LARGEST)
-        if self.largest is None:
-            self.largest = top
-        elif not can_inspect(top) or top > self.largest + GROWTH:
-            before, self.largest = self.largest, torch.maximum(self.largest, top)
-            self.gradients.shrink(before - self.largest)
-        return (exponent - self.largest).exp()
-
-    def log_factor(self, log_ds: Tensor) -> Tensor:
-        """The logarithm of the factor, by the row with the largest slope."""
-        if self.largest is None:
-            return log_ds.new_zeros(())
-        exponent = torch.cat(self.exponents).flatten()
-        index = exponent.argmax()
-        return log_ds.take(index) - exponent.take(index) + self.largest
-
-
-def _largest(logs: Tensor) -> Tensor:
-    return logs.amax() if logs.numel() else logs.new_full((), -LARGEST)
+def _relative_slopes(loss: RowLoss, rows: Rows) -> tuple[Tensor, Tensor | float]:
+    """Slopes in s up to one positive factor of the batch: logarithms, above -inf, and signs."""
+    log_slopes, sign = loss.relative_slopes(rows)
+    return log_slopes.clamp(min=-torch.finfo(log_slopes.dtype).max), sign

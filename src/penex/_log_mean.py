@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 ZERO_POWER = 1e-25
 """A power below this is zero: no logits that a float32 network has show the difference."""
-LEAST_POWER = 1e-2
+EXACT_POWER = 1e-2
 """From this power on a log mean in float64 is as exact by the plain formula."""
 LARGEST_EXPONENT = 80.0
 """Beyond this float32 overflows."""
@@ -37,7 +37,7 @@ def log_mean(values: Tensor, weights: Tensor, power: float, dim: int) -> Tensor:
     if values.shape[dim] == 0:
         return values.sum(dim).to(row_dtype(values))
     total = weights.sum(dim, keepdim=True)
-    if power >= LEAST_POWER and values.dtype == torch.float64 and not _differentiated():
+    if power >= EXACT_POWER and values.dtype == torch.float64 and not _differentiated():
         limits = torch.finfo(values.dtype)
         largest = values.amax(dim, keepdim=True).clamp(limits.min, limits.max)
         exponent = power * (values - largest) + weights.log()

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from penex._inputs import computed_in
 
-PIECE = 1 << 22
+PIECE_BYTES = 1 << 22
 """Bytes of logits worked on at a time, few enough to stay in the cache."""
+EXACT_RANGE = 1e30
+"""From 1 / EXACT_RANGE to EXACT_RANGE sums of exponentials have all digits of float32."""
 LOG2E = 1 / math.log(2)
 """e^x is taken as 2^(x LOG2E): torch's exp2 is the faster one on the CPU."""
 
@@ -21,8 +23,8 @@ Reduce = Callable[[Tensor, slice], Tensor]
 
 
 def pieces(input: Tensor) -> Iterator[slice]:
-    """The rows of `input` in pieces of about PIECE bytes."""
-    step = max(PIECE * len(input) // input.nbytes, 1)
+    """The rows of `input` in pieces of about PIECE_BYTES bytes."""
+    step = max(PIECE_BYTES * len(input) // input.nbytes, 1)
     for start in range(0, len(input), step):
         yield slice(start, start + step)
 
@@ -36,7 +38,7 @@ def in_pieces(
     make: Pass, input: Tensor, keep: bool, *reduce: Reduce
 ) -> tuple[Tensor | None, list[Tensor]]:
     """What `make` does of the rows, if it is to be kept, and its reductions to the rows."""
-    if input.nbytes <= PIECE:
+    if input.nbytes <= PIECE_BYTES:
         whole = make(input, None)
         return whole if keep else None, [function(whole, WHOLE) for function in reduce]
     kept = torch.empty_like(input, dtype=computed_in(input)) if keep else None

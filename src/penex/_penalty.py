@@ -11,7 +11,7 @@ from torch import Tensor
 from penex._inputs import can_inspect, check_device, positive
 
 if TYPE_CHECKING:
-    from penex.losses import _PenaltyMixin
+    from penex.losses import PENEX
 
 PENALTY_MIN, PENALTY_MAX = 1e-10, 100.0
 
@@ -134,6 +134,13 @@ class EstimatedPenalty:
         return self.bounds.estimate(exponential, partition)
 
 
+def rule_of(penalty: float | Tensor | None, sensitivity: float) -> PenaltyRule:
+    """A given penalty, or for None the batch's own estimate."""
+    if penalty is None:
+        return EstimatedPenalty(Bounds(sensitivity, PENALTY_MIN, PENALTY_MAX))
+    return GivenPenalty(penalty)
+
+
 def world(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
     """`group`, or what "world" stands for by now."""
     if isinstance(group, str):
@@ -152,7 +159,7 @@ class RunningPenalty:
     A recomputation in the backward pass finds the penalty already updated, and uses it as it is.
     """
 
-    def __init__(self, criterion: "_PenaltyMixin") -> None:
+    def __init__(self, criterion: "PENEX") -> None:
         self.state, self.ema = criterion.penalty, criterion.ema
         self.mode, self.fixed = criterion.penalty_mode, criterion.initial_penalty
         training = criterion.training and torch.is_grad_enabled()
@@ -161,11 +168,6 @@ class RunningPenalty:
         self.local = self.group is None
         self.needs_sums = self.mode != "fixed" or not self.local
         self.bounds = Bounds(criterion.sensitivity, criterion.penalty_min, criterion.penalty_max)
-
-    def _seen(self) -> Tensor:
-        """Whether the state is a penalty: one out of bounds stands for none."""
-        inside: Tensor = self.state == self.state.clamp(*self.bounds[1:])
-        return inside
 
     def resolve(self, sums: LogSums | None, denominator: Tensor) -> Resolved:
         if sums is not None and self.group is not None:
@@ -176,19 +178,19 @@ class RunningPenalty:
         assert sums is not None  # noqa: S101  # needs_sums says so
         check_device("penalty", self.state, sums.partition)
         log_estimate, valid = sums.log_estimate(self.bounds)
-        if self.mode == "running":
-            seen = self._seen()
-            if self.updates:
-                new = log_estimate.exp().clamp(*self.bounds[1:]).to(self.state.dtype)
-                new = self.state.lerp(new, self.ema).where(seen, new)
-                self.state.copy_(new.where(valid, self.state))
-                seen = seen | valid
-            log_penalty = self.state.log().to(log_estimate.dtype)
-            return Resolved(log_penalty.where(seen, log_estimate), denominator)
+        seen = None
+        if self.mode == "running":  # a state out of bounds stands for none
+            seen = self.state == self.state.clamp(*self.bounds[1:])
         if self.updates:
             new = log_estimate.exp().clamp(*self.bounds[1:]).to(self.state.dtype)
+            if seen is not None:
+                new = self.state.lerp(new, self.ema).where(seen, new)
+                seen = seen | valid
             self.state.copy_(new.where(valid, self.state))
-        return Resolved(log_estimate, denominator)
+        if seen is None:
+            return Resolved(log_estimate, denominator)
+        log_penalty = self.state.log().to(log_estimate.dtype)
+        return Resolved(log_penalty.where(seen, log_estimate), denominator)
 
     def _over_ranks(
         self, sums: LogSums, denominator: Tensor, group: dist.ProcessGroup
@@ -225,7 +227,7 @@ class CollectedPenalty(RunningPenalty):
     So several batches, which share one penalty, can update it together: :func:`update_penalty`.
     """
 
-    def __init__(self, criterion: "_PenaltyMixin", collected: list[LogSums]) -> None:
+    def __init__(self, criterion: "PENEX", collected: list[LogSums]) -> None:
         super().__init__(criterion)
         self.collected = collected
 
@@ -240,7 +242,7 @@ class CollectedPenalty(RunningPenalty):
         return super().value(exponential, partition)
 
 
-def update_penalty(criterion: "_PenaltyMixin", collected: list[LogSums]) -> None:
+def update_penalty(criterion: "PENEX", collected: list[LogSums]) -> None:
     """Update the penalty of a criterion in evaluation once, for batches that are one in training.
 
     The criterion stays in evaluation.

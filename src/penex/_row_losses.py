@@ -16,8 +16,7 @@ power :math:`-\alpha`, by which the same functions hold, and
 That is exact for PENEX and log-PENEX with their own :math:`\alpha`, and with :math:`\alpha = 0`,
 where t is the mean of the logits, for cross-entropy and the z-loss.
 
-:mod:`penex._rows` makes t and s from the logits, and the gradient from the two slopes. A new loss
-is a subclass of :class:`PerRow` with its value and slopes, a few lines.
+A new loss is a subclass of :class:`PerRow` with its value and slopes, a few lines.
 """
 
 import math
@@ -29,9 +28,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from penex._inputs import Batch, Reduction
-from penex._log_mean import LARGEST_EXPONENT, LEAST_POWER, excess, log_mean, row_dtype, share
-from penex._passes import constant, powers
+from penex._inputs import Batch, Reduction, positive
+from penex._log_mean import EXACT_POWER, LARGEST_EXPONENT, excess, log_mean, row_dtype, share
+from penex._passes import EXACT_RANGE, constant, powers
 from penex._penalty import LogSums, PenaltyRule, Resolved, gather_over_ranks
 
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -84,10 +83,19 @@ class RowLoss:
     """Whether slopes in s may overflow, so that the gradient is made of :attr:`Outcome.log_dz`."""
     sums_rows = True
     """Whether the loss adds up over the rows: none has to know of another."""
-    wide = True
-    """Whether t and s are used beyond their difference, which float32 may not have."""
+    uses_t_and_s_apart = True
+    """Whether t and s are used beyond their difference, for which float32 may be too coarse."""
+    labels_only = False
+    """Whether class probabilities are refused."""
     slopes_by_autograd = False
     """Whether the slopes are made by autograd, which a compiler cannot trace."""
+
+    def by_rows(self, soft: bool) -> bool:
+        """Whether the loss is a function of t and s, for soft targets or for class indices.
+
+        If not, :meth:`defined` is all there is.
+        """
+        return True
 
     def on_rows(self, rows: Rows, coupling: Any = None) -> Outcome:
         """The loss by operations that can be differentiated and traced.
@@ -96,8 +104,23 @@ class RowLoss:
         """
         raise NotImplementedError
 
-    def defined(self, batch: Batch, rows: Rows, coupling: Any = None) -> Tensor:
+    def defined(self, batch: Batch, reduction: Reduction, coupling: Any = None) -> Tensor:
         """The loss with all its derivatives, in targets and weights too."""
+        if batch.labels is None:
+            t = -log_mean(-batch.logits, batch.target_weights, self.alpha, 1).unsqueeze(1)
+        else:
+            t = batch.select(batch.logits).to(row_dtype(batch.logits))
+        largest, log_sum = log_partition(batch.logits)
+        weights, denominator = batch.row_weights.unsqueeze(1), batch.denominator
+        rows = Rows(
+            t,
+            largest + log_sum,
+            t - largest - log_sum,
+            weights.to(t.dtype),
+            denominator.to(t.dtype),
+            reduction,
+            batch.logits.shape[1],
+        )
         return self.on_rows(rows, coupling).value
 
     def can_use_partition(self, reduction: Reduction) -> bool:
@@ -118,16 +141,18 @@ class RowLoss:
         """
         raise NotImplementedError
 
-    def relative_slopes(self, rows: Rows) -> Tensor:
-        """The logarithm of ds, up to one addend for all rows, from the rows at hand alone.
+    def relative_slopes(self, rows: Rows) -> tuple[Tensor, Tensor | float]:
+        """ds up to one positive factor of the batch, from the rows at hand: logarithm and sign."""
+        ds = torch.as_tensor(self.on_rows(rows).ds, device=rows.s.device)
+        return ds.abs().log(), ds.sign()
 
-        For losses that do not sum rows.
-        """
-        raise NotImplementedError
 
-    def target_logit(self, logits: Tensor, target_weights: Tensor) -> Tensor:
-        """t of soft targets, (N, d1, ...), by operations that can be differentiated and traced."""
-        return -log_mean(-logits, target_weights, self.alpha, 1)
+def log_partition(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row, and log sum_j e^f from there, in :func:`row_dtype`."""
+    largest = logits.detach().amax(1, keepdim=True)
+    largest = largest.masked_fill(largest == -math.inf, 0)
+    log_sum = (logits - largest).exp().sum(1, keepdim=True).to(row_dtype(logits)).log()
+    return largest.to(log_sum.dtype), log_sum
 
 
 # Losses that add up over the rows.
@@ -136,7 +161,7 @@ class RowLoss:
 class PerRow(RowLoss):
     """The weighted sum or mean of a function of log p and s."""
 
-    wide = False
+    uses_t_and_s_apart = False
 
     def of_row(self, log_p: Tensor, s: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """The value of a row, and its derivatives in log p and in s."""
@@ -173,6 +198,21 @@ class Focal(PerRow):
     def __init__(self, gamma: float) -> None:
         self.gamma = gamma
 
+    def by_rows(self, soft: bool) -> bool:
+        return not soft
+
+    def defined(self, batch: Batch, reduction: Reduction, coupling: Any = None) -> Tensor:
+        if batch.labels is not None:
+            return super().defined(batch, reduction, coupling)
+        log_p = F.log_softmax(batch.logits, 1)
+        # Where p rounds to 1, or is 0 in a class without weight, the term is 0; a stand-in keeps
+        # the derivative of the power, and of 0 * inf, from becoming NaN there.
+        counts = (log_p != 0) & ((batch.target_weights != 0) | (log_p > -math.inf))
+        safe = log_p.where(counts, -1.0)
+        focus = (-torch.expm1(safe)) ** self.gamma
+        rows = (batch.target_weights * focus * -safe).where(counts, 0.0).sum(1)
+        return _reduced(rows, batch, reduction)
+
     def of_row(self, log_p: Tensor, s: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         limits = torch.finfo(log_p.dtype)
         log_p = log_p.clamp(limits.min, -limits.tiny)  # no 0 * inf where p is 0 or rounds to 1
@@ -182,8 +222,29 @@ class Focal(PerRow):
         return -power * log_p, slope, 0.0
 
 
+class ConfidencePenalty(RowLoss):
+    """Cross-entropy less strength H(p): no function of the two numbers."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def by_rows(self, soft: bool) -> bool:
+        return False
+
+    def defined(self, batch: Batch, reduction: Reduction, coupling: Any = None) -> Tensor:
+        log_p = F.log_softmax(batch.logits, 1)
+        finite = log_p.where(log_p > -math.inf, 0.0)  # p log p is 0 at p = 0
+        entropy = -(log_p.exp() * finite).sum(1)
+        log_q = batch.select(log_p)
+        counts = (batch.target_weights != 0) | (log_q > -math.inf)  # the rest is 0 * inf
+        nll = -(batch.target_weights * log_q.where(counts, 0.0)).sum(1)
+        return _reduced(nll - self.strength * batch.row_weights * entropy, batch, reduction)
+
+
 class GeneralizedCrossEntropy(PerRow):
     """(1 - p^q) / q."""
+
+    labels_only = True
 
     def __init__(self, q: float) -> None:
         self.q = q
@@ -196,7 +257,7 @@ class GeneralizedCrossEntropy(PerRow):
 class RuleLoss(RowLoss):
     """The weighted sum or mean of a given function of t and s, with its slopes by autograd."""
 
-    slopes_by_autograd = True
+    labels_only, slopes_by_autograd = True, True
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
@@ -225,6 +286,12 @@ class RuleLoss(RowLoss):
         return value.squeeze(1) if rows.reduction == "none" else value.sum()
 
 
+def _reduced(values: Tensor, batch: Batch, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return values
+    return values.sum() / (nonzero(batch.denominator) if reduction == "mean" else 1.0)
+
+
 def row_factor(rows: Rows) -> Tensor | float:
     """What the values of the rows are multiplied with in a sum or mean."""
     factor = 1.0 if rows.weights is None else rows.weights
@@ -240,12 +307,9 @@ def nonzero(divisor: Tensor | float) -> Tensor | float:
 
 # PENEX.
 
-SAFE = 1e30
-"""Between 1 / SAFE and SAFE nothing was lost to overflow or underflow that float32 could show."""
-
 
 class Penex(RowLoss):
-    """exp(-alpha t) + rho exp(s), with a rule for rho; huberized above exp(log_threshold)."""
+    """exp(-alpha t) + rho exp(s), with a rule for rho; exp(-alpha t) may be huberized."""
 
     overflows, sums_rows = True, False
 
@@ -253,10 +317,13 @@ class Penex(RowLoss):
         self,
         alpha: float,
         penalty: PenaltyRule,
-        log_threshold: float | None = None,
+        huberization: float | None = None,
         normalize: bool = False,
     ) -> None:
-        self.alpha, self.penalty, self.log_threshold = alpha, penalty, log_threshold
+        self.alpha, self.penalty = alpha, penalty
+        self.log_threshold = None
+        if huberization is not None:
+            self.log_threshold = math.log(positive("huberization", huberization))
         self.scale = alpha if normalize else 1.0
 
     def on_rows(self, rows: Rows, coupling: Any = None) -> Outcome:
@@ -269,7 +336,7 @@ class Penex(RowLoss):
             log_sums = (torch.stack([log_slope + log_tail, rows.s]) + log_weights).detach()
             exponential, partition = log_sums.flatten(1).logsumexp(1).unbind()
             sums = LogSums(exponential, partition, rows.num_classes)
-        resolved: Resolved = coupling or self._resolved(sums, rows)
+        resolved: Resolved = coupling or self._resolved(sums, rows.divisor(), rows.t)
         # Every factor enters the exponent, so that a product is finite wherever it can be
         # represented, even where a factor of it cannot.
         log_factor = log_weights - self._log_divisor(resolved, rows.reduction)
@@ -282,14 +349,16 @@ class Penex(RowLoss):
         value = value.squeeze(1) if rows.reduction == "none" else value.sum()
         return Outcome(value, -slope, z, log_dz, log_dt, resolved)
 
-    def defined(self, batch: Batch, rows: Rows, coupling: Any = None) -> Tensor:
+    def defined(self, batch: Batch, reduction: Reduction, coupling: Any = None) -> Tensor:
         """The definition, class by class, as a gradient through s could overflow."""
         target_weights, row_weights = batch.target_weights, batch.row_weights.unsqueeze(1)
         resolved: Resolved = coupling or self._resolved(
-            self.estimate_sums(batch) if self.penalty.needs_sums else None, rows
+            self.estimate_sums(batch) if self.penalty.needs_sums else None,
+            batch.denominator,
+            batch.logits.new_empty((), dtype=row_dtype(batch.logits)),
         )
         inverse = torch.as_tensor(
-            -self._log_divisor(resolved, rows.reduction), device=rows.t.device
+            -self._log_divisor(resolved, reduction), device=batch.logits.device
         ).exp()
         log_weights, rest = _log_weights(target_weights * inverse)
         row_log_weights, row_rest = _log_weights(row_weights * inverse)
@@ -299,7 +368,7 @@ class Penex(RowLoss):
         u = u.where(target_weights > 0, u.clamp(max=LARGEST_EXPONENT))
         z = z.where(row_weights > 0, z.clamp(max=LARGEST_EXPONENT))
         value = (u.exp() * tail * rest).sum(1) + (z.exp() * row_rest).sum(1)
-        return value if rows.reduction == "none" else value.sum()
+        return value if reduction == "none" else value.sum()
 
     def estimate_sums(self, batch: Batch) -> LogSums:
         """What the penalty is estimated from, without derivatives."""
@@ -322,8 +391,8 @@ class Penex(RowLoss):
         beyond = F.relu(u - self.log_threshold)  # slope 0 at 0: counted once
         return u.clamp(max=self.log_threshold), beyond.log1p(), 1 + beyond
 
-    def _resolved(self, sums: LogSums | None, rows: Rows) -> Resolved:
-        divisor = torch.as_tensor(rows.divisor(), dtype=rows.t.dtype, device=rows.t.device)
+    def _resolved(self, sums: LogSums | None, divisor: Tensor | float, like: Tensor) -> Resolved:
+        divisor = torch.as_tensor(divisor, dtype=like.dtype, device=like.device)
         return self.penalty.resolve(sums, divisor.detach())
 
     def _log_divisor(self, resolved: Resolved, reduction: Reduction) -> Tensor | float:
@@ -350,7 +419,7 @@ class Penex(RowLoss):
         if denominator is None:
             denominator = float(t.numel()) if weights is None else weights.sum().item()
         least, most = min(sum_a, sum_z, denominator), max(sum_a, sum_z, denominator)
-        if not 1 / SAFE < least <= most < SAFE or math.isnan(sum_a + sum_z):
+        if not 1 / EXACT_RANGE < least <= most < EXACT_RANGE or math.isnan(sum_a + sum_z):
             return None
         rho = self.penalty.value(sum_a, sum_z)
         divisor = self.scale * (denominator if reduction == "mean" else 1.0)
@@ -363,8 +432,8 @@ class Penex(RowLoss):
             coupling=Resolved(math.log(rho), denominator),
         )
 
-    def relative_slopes(self, rows: Rows) -> Tensor:
-        return rows.s if rows.weights is None else rows.s + rows.weights.log()
+    def relative_slopes(self, rows: Rows) -> tuple[Tensor, Tensor | float]:
+        return (rows.s if rows.weights is None else rows.s + rows.weights.log()), 1.0
 
 
 def _log_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,9 +444,9 @@ def _log_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 # Log-PENEX.
 
-SAFE_FACTOR = 1e15
-"""Between 1 / SAFE_FACTOR and SAFE_FACTOR products of two of them are right in float32."""
-LEAST_SUM = 1e-280
+EXACT_FACTOR_RANGE = 1e15
+"""The same for numbers of which two are multiplied."""
+MIN_SUM = 1e-280
 """From here on sums in float64 have lost nothing to underflow."""
 
 
@@ -442,7 +511,7 @@ class LogPenex(RowLoss):
         return LogMeans(a, b, nonzero(denominator) if rows.reduction == "mean" else 1.0)
 
     def can_use_partition(self, reduction: Reduction) -> bool:
-        exact = all(power == 0 or power >= LEAST_POWER for power in (self.alpha, self.beta))
+        exact = all(power == 0 or power >= EXACT_POWER for power in (self.alpha, self.beta))
         return exact and reduction != "none" and self.group is None
 
     def from_partition(
@@ -454,7 +523,7 @@ class LogPenex(RowLoss):
         reduction: Reduction,
     ) -> Outcome | None:
         least, most = partition.aminmax()
-        if not 1 / SAFE_FACTOR < least.item() <= most.item() < SAFE_FACTOR:
+        if not 1 / EXACT_FACTOR_RANGE < least.item() <= most.item() < EXACT_FACTOR_RANGE:
             return None
         z, t64 = partition.double(), t.double()
         a = powers(t64, None, -self.alpha)
@@ -463,7 +532,7 @@ class LogPenex(RowLoss):
             a.mul_(weights)
             dz.mul_(weights)
         sum_a, sum_z = a.sum().item(), (dz * z).sum().item()
-        if not (min(sum_a, sum_z) > LEAST_SUM and sum_a + sum_z < math.inf):
+        if not (min(sum_a, sum_z) > MIN_SUM and sum_a + sum_z < math.inf):
             return None
         total = float(t.numel()) if weights is None else weights.sum().item()
         label = math.log(sum_a / total) / self.alpha if self.alpha else -_mean(t64, weights, total)
@@ -474,9 +543,9 @@ class LogPenex(RowLoss):
         value = torch.scalar_tensor((label + mean) * scale, dtype=t.dtype, device="cpu")
         return Outcome(value, a.mul_(-scale / sum_a), dz.mul_(scale / sum_z))
 
-    def relative_slopes(self, rows: Rows) -> Tensor:
+    def relative_slopes(self, rows: Rows) -> tuple[Tensor, Tensor | float]:
         exponent = self.beta * rows.s
-        return exponent if rows.weights is None else exponent + rows.weights.log()
+        return (exponent if rows.weights is None else exponent + rows.weights.log()), 1.0
 
 
 def _mean(values: Tensor, weights: Tensor | None, total: float) -> float:

@@ -21,7 +21,7 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
 from penex import _passes
-from penex._inputs import Batch, LossArguments, can_inspect, computed_in, prepare, refuse_labels
+from penex._inputs import LossArguments, can_inspect, computed_in, prepare, refuse_labels
 from penex._log_mean import row_dtype
 from penex._passes import (
     WHOLE,
@@ -35,13 +35,13 @@ from penex._passes import (
     row_log_sums,
     softmax,
 )
-from penex._row_losses import Outcome, RowLoss, Rows
+from penex._row_losses import Outcome, RowLoss, Rows, log_partition
 from penex._targets import Labels, SoftTargets
 
-SMALL = 1 << 15
+SMALL_BATCH = 1 << 15
 """So few logits that memory does not matter."""
 _DENSE = torch._C.DispatchKey.Dense  # what a tensor that stands for a batch of them lacks
-LEAST_PROBABILITY = 1e-30
+MIN_PROBABILITY = 1e-30
 """A probability from here on has all its digits, and so has its logarithm."""
 
 
@@ -74,6 +74,7 @@ def _differentiated_once(input: Tensor, arguments: LossArguments, loss: RowLoss)
         or input.is_meta
         or input.numel() == 0
         or torch._C._are_functorch_transforms_active()
+        or not loss.by_rows(arguments.soft)
         or arguments.target.requires_grad
         or (arguments.weight is not None and arguments.weight.requires_grad)
     ):
@@ -99,35 +100,8 @@ def defined(input: Tensor, arguments: LossArguments, loss: RowLoss, coupling: An
     if input.shape[1] == 0:
         nothing = input.to(computed_in(input)).sum(1)
         return nothing if arguments.reduction == "none" else nothing.sum()
-    batch = prepare(input, arguments)
-    value = loss.defined(batch, rows_of(batch, arguments, loss), coupling)
+    value = loss.defined(prepare(input, arguments), arguments.reduction, coupling)
     return value.to(computed_in(input))
-
-
-def rows_of(batch: Batch, arguments: LossArguments, loss: RowLoss) -> Rows:
-    """The numbers of the rows by plain operations."""
-    if batch.labels is None:
-        t = loss.target_logit(batch.logits, batch.target_weights).unsqueeze(1)
-    else:
-        t = batch.select(batch.logits).to(row_dtype(batch.logits))
-    largest, log_sum = log_partition(batch.logits)
-    return Rows(
-        t,
-        largest + log_sum,
-        t - largest - log_sum,
-        batch.row_weights.unsqueeze(1).to(t.dtype),
-        batch.denominator.to(t.dtype),
-        arguments.reduction,
-        batch.logits.shape[1],
-    )
-
-
-def log_partition(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row, and log sum_j e^f from there, in :func:`row_dtype`."""
-    largest = logits.detach().amax(1, keepdim=True)
-    largest = largest.masked_fill(largest == -math.inf, 0)
-    log_sum = (logits - largest).exp().sum(1, keepdim=True).to(row_dtype(logits)).log()
-    return largest.to(log_sum.dtype), log_sum
 
 
 def _differentiable(
@@ -162,7 +136,9 @@ class _InexactError(ArithmeticError):
 class _ByRows(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, arguments: LossArguments, loss: RowLoss) -> Tensor:
-        keep = ctx.needs_input_grad[0] and (input.dtype.itemsize >= 4 or input.numel() <= SMALL)
+        keep = ctx.needs_input_grad[0] and (
+            input.dtype.itemsize >= 4 or input.numel() <= SMALL_BATCH
+        )
         target: Labels | SoftTargets
         if arguments.soft:
             target = SoftTargets(input, arguments, loss.alpha)
@@ -211,8 +187,6 @@ def _evaluate_labels(
         make, kept = log_softmax, torch.log_softmax(input, 1, dtype=t.dtype)
         t, log_p = t.to(row_dtype(t)), kept.gather(1, target.index).to(row_dtype(t))
         s = (t - log_p).masked_fill(t == -math.inf, 0)
-    if target.skipped is not None:
-        t, s, log_p = (x.masked_fill(target.skipped, 0) for x in (t, s, log_p))
     outcome = loss.on_rows(_rows(t, s, log_p, target, arguments, input.shape[1]))
     if outcome.log_dz is not None:
         make, kept = None, None
@@ -228,9 +202,9 @@ def _numbers_on_cpu(
         kept, (p,) = in_pieces(softmax, input, keep, target.select)
         if target.skipped is not None:
             p = p.masked_fill(target.skipped, 1)
-        if p.amin().item() > LEAST_PROBABILITY:
+        if p.amin().item() > MIN_PROBABILITY:
             log_p = p.log_()
-            if loss.wide:
+            if loss.uses_t_and_s_apart:
                 t, log_p = t.to(row_dtype(t)), log_p.to(row_dtype(t))
             return softmax, kept, t - log_p, log_p
     _, (sums,) = in_pieces(row_log_sums, input, False, lambda made, _: made)
@@ -256,8 +230,6 @@ def _evaluate_soft(
     if loss.overflows or not loss.sums_rows or not log_p.isfinite().all():
         raise _InexactError
     s = input.amax(1, True) - top
-    if target.skipped is not None:
-        s = s.masked_fill(target.skipped, 0)
     outcome = loss.on_rows(_rows(s + log_p, s, log_p, target, arguments, input.shape[1]))
     return _Evaluation(outcome, log_softmax, kept)
 
@@ -288,6 +260,9 @@ def _rows(
     arguments: LossArguments,
     num_classes: int,
 ) -> Rows:
+    """The numbers of the rows, zero where nothing counts."""
+    if target.skipped is not None:
+        t, s, log_p = (x.masked_fill(target.skipped, 0) for x in (t, s, log_p))
     return Rows(t, s, log_p, target.weights, target.denominator, arguments.reduction, num_classes)
 
 
@@ -296,7 +271,7 @@ def _gradient(
 ) -> Tensor:
     """factor * (ds p + dt v), rounded to the input's dtype once."""
     outcome, make, kept = found
-    dtype = computed_in(input)
+    dtype, skipped = computed_in(input), target.skipped
     dt = _times(outcome.dt, factor, dtype)
     if not isinstance(dt, Tensor) or dt.ndim == 0:
         dt = torch.as_tensor(dt, dtype=dtype, device=input.device).expand(input[:, :1].shape)
@@ -307,11 +282,8 @@ def _gradient(
         exponents, scale = _times_log(outcome.log_dz, factor)
     else:
         scale = _times(outcome.ds, factor, dtype)
-    # In pieces where something would be made that is not kept, on the CPU.
-    whole = input.nbytes <= _passes.PIECE or (kept is not None and isinstance(target, Labels))
-    whole = whole or not can_inspect(input)
-    result = torch.empty_like(input) if kept is None else kept
-    for piece in [WHOLE] if whole else pieces(input):
+
+    def rows(piece: slice) -> Tensor:
         x = part(input, piece)
         if make is None:
             made = powers_from(x, _of(exponents, piece))
@@ -322,10 +294,16 @@ def _gradient(
         if scale is not None:
             made.mul_(_of(scale, piece))
         target.add_to(made, x, piece, dt)
-        if target.skipped is not None:
-            made.masked_fill_(part(target.skipped, piece), 0)
-        if whole:
-            return made if made.dtype == input.dtype else made.to(input.dtype)
+        return made if skipped is None else made.masked_fill_(part(skipped, piece), 0)
+
+    # In pieces where something would be made that is not kept, on the CPU.
+    whole = input.nbytes <= _passes.PIECE_BYTES or (kept is not None and isinstance(target, Labels))
+    if whole or not can_inspect(input):
+        made = rows(WHOLE)
+        return made if made.dtype == input.dtype else made.to(input.dtype)
+    result = torch.empty_like(input) if kept is None else kept
+    for piece in pieces(input):
+        made = rows(piece)
         if kept is None:
             result[piece] = made
     return result.to(input.dtype)
@@ -360,8 +338,6 @@ def _traced(input: Tensor, arguments: LossArguments, loss: RowLoss) -> Tensor:
         t = target.select(input).to(row_dtype(input))
         largest, log_sum = log_partition(input.to(computed_in(input)))
         s, log_p = largest + log_sum, t - largest - log_sum
-        if target.skipped is not None:
-            t, s, log_p = (x.masked_fill(target.skipped, 0) for x in (t, s, log_p))
         outcome = loss.on_rows(_rows(t, s, log_p, target, arguments, input.shape[1]))
         # The gradient's class part is scale * exp(f + exponents).
         exponents, scale = -s, outcome.ds

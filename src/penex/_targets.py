@@ -10,11 +10,9 @@ from torch import Tensor
 
 from penex._inputs import LossArguments, can_inspect, computed_in, smooth
 from penex._log_mean import row_dtype
-from penex._passes import WHOLE, in_pieces, part, powers, powers_from
+from penex._passes import EXACT_RANGE, WHOLE, in_pieces, part, powers, powers_from
 
-EXACT_RANGE = 1e30
-"""Between 1 / EXACT_RANGE and EXACT_RANGE a row's sum of exponentials is right in float32."""
-LEAST_POWER = 0.05
+EXACT_POWER_IN_FLOAT32 = 0.05
 """Below this power a log mean loses digits, when the logarithm is divided by it."""
 
 
@@ -134,20 +132,21 @@ class SoftTargets:
         if self.alpha == 0:
             _, (t,) = in_pieces(lambda x, _: x.to(computed_in(x)), input, False, self.mean)
             return t.to(row_dtype(t)) if t.isfinite().all() else None
-        if self.alpha < LEAST_POWER:
-            _, (t,) = in_pieces(
-                lambda x, _: (x.to(computed_in(x)) * -self.alpha).expm1_(), input, False, self.mean
-            )
-            if not -0.5 < t.amin().item() <= t.amax().item() < EXACT_RANGE:
-                return None
-            self.t = t.to(row_dtype(t)).log1p_().div_(-self.alpha)
-            return self.t
-        _, (t,) = in_pieces(lambda x, _: powers(x, None, -self.alpha), input, False, self.mean)
+        tiny = self.alpha < EXACT_POWER_IN_FLOAT32  # then the mean of e^{-alpha f} - 1
+
+        def exponentials(x: Tensor, out: Tensor | None) -> Tensor:
+            if tiny:
+                return (x.to(computed_in(x)) * -self.alpha).expm1_()
+            return powers(x, None, -self.alpha)
+
+        _, (mean,) = in_pieces(exponentials, input, False, self.mean)
         if self.skipped is not None:
-            t.masked_fill_(self.skipped, 1)
-        if not 1 / EXACT_RANGE < t.amin().item() <= t.amax().item() < EXACT_RANGE:
+            mean.masked_fill_(self.skipped, 0 if tiny else 1)
+        least = -0.5 if tiny else 1 / EXACT_RANGE
+        if not least < mean.amin().item() <= mean.amax().item() < EXACT_RANGE:
             return None
-        self.t = t.to(row_dtype(t)).log_().div_(-self.alpha)
+        mean = mean.to(row_dtype(mean))
+        self.t = (mean.log1p_() if tiny else mean.log_()).div_(-self.alpha)
         return self.t
 
     def add_to(self, gradient: Tensor, x: Tensor, piece: slice, dt: Tensor) -> None:

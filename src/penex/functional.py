@@ -15,23 +15,26 @@ PENEX is :math:`\ell = \exp(-\alpha f_y) + \rho \sum_j \exp f_j`. Source: Kladny
 Muehlebach, "PENEX: AdaBoost-Inspired Neural Network Regularization", arXiv 2510.02107. What the
 docstrings mark "(derived)" is not in the paper.
 
-What happens to a batch: :mod:`penex._inputs` checks it; :mod:`penex._rows` makes t and s of the
+What happens to a batch: :mod:`penex._inputs` checks it; :mod:`penex._rows` makes t and s from the
 logits; :mod:`penex._row_losses` has the loss as a function of these two vectors, with its slopes,
-for PENEX by a rule from :mod:`penex._penalty`; and :mod:`penex._rows` makes the gradient of them.
+for PENEX by a rule from :mod:`penex._penalty`; and :mod:`penex._rows` makes the gradient from them.
 :mod:`penex._linear` does so without holding the logits.
+
+The mathematics of a new loss goes into :mod:`penex._row_losses`, as a class of a few lines. Then it
+gets its function here, and its module in :mod:`penex.losses` with the link of
+:mod:`penex._links`.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from penex import _row_losses as row_losses
 from penex._inputs import (
-    Batch,
     check_tensors,
     computed_in,
+    nonnegative,
     number,
     positive,
     prepare,
@@ -39,14 +42,7 @@ from penex._inputs import (
     validate,
 )
 from penex._linear import linear_loss, linear_penex_loss, sampled_linear_penex_loss
-from penex._penalty import (
-    PENALTY_MAX,
-    PENALTY_MIN,
-    Bounds,
-    EstimatedPenalty,
-    GivenPenalty,
-    PenaltyRule,
-)
+from penex._penalty import Bounds, EstimatedPenalty, rule_of
 from penex._row_losses import RowLoss, Rule
 from penex._rows import loss_of
 
@@ -131,12 +127,7 @@ def penex_loss(
         tensor(2.0006)
     """
     alpha = positive("sensitivity", sensitivity)
-    rule: PenaltyRule
-    if penalty is None:
-        rule = EstimatedPenalty(Bounds(alpha, PENALTY_MIN, PENALTY_MAX))
-    else:
-        rule = GivenPenalty(penalty)
-    loss = row_losses.Penex(alpha, rule, log_threshold(huberization), normalize)
+    loss = row_losses.Penex(alpha, rule_of(penalty, alpha), huberization, normalize)
     return evaluate(input, target, loss, weight, ignore_index, reduction, label_smoothing)
 
 
@@ -193,16 +184,9 @@ def log_penex_loss(
         >>> log_penex_loss(logits, torch.tensor([0, 1]), sensitivity=0.5, power=1.0)
         tensor(0.3625)
     """
-    alpha = number("sensitivity", sensitivity, 0.0, math.inf)
-    return evaluate(
-        input,
-        target,
-        row_losses.LogPenex(alpha, number("power", power, 0.0, math.inf)),
-        weight,
-        ignore_index,
-        reduction,
-        label_smoothing,
-    )
+    alpha, beta = nonnegative("sensitivity", sensitivity), nonnegative("power", power)
+    loss = row_losses.LogPenex(alpha, beta)
+    return evaluate(input, target, loss, weight, ignore_index, reduction, label_smoothing)
 
 
 def cross_entropy(
@@ -225,9 +209,8 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))  # log 2
         tensor(0.6931)
     """
-    return evaluate(
-        input, target, row_losses.CrossEntropy(), weight, ignore_index, reduction, label_smoothing
-    )
+    loss = row_losses.CrossEntropy()
+    return evaluate(input, target, loss, weight, ignore_index, reduction, label_smoothing)
 
 
 def row_loss(
@@ -264,7 +247,6 @@ def row_loss(
     """
     if not callable(rule):
         raise TypeError(f"rule: expected a function, got {type(rule).__name__}")
-    check_labels(target)
     return evaluate(input, target, row_losses.RuleLoss(rule), weight, ignore_index, reduction)
 
 
@@ -301,8 +283,7 @@ def estimate_penalty(
         tensor(0.1250)
     """
     bounds = Bounds.checked(sensitivity, penalty_min, penalty_max)
-    rule = EstimatedPenalty(bounds)
-    loss = row_losses.Penex(bounds.sensitivity, rule, log_threshold(huberization))
+    loss = row_losses.Penex(bounds.sensitivity, EstimatedPenalty(bounds), huberization)
     input, arguments = validate(input, target, weight, ignore_index, "mean", label_smoothing)
     if input.numel() == 0:
         return input.new_full((), math.nan, dtype=computed_in(input))
@@ -377,19 +358,8 @@ def focal_loss(
         >>> focal_loss(torch.zeros(1, 2), torch.tensor([0]), gamma=1.0)  # log(2) / 2
         tensor(0.3466)
     """
-    gamma = number("gamma", gamma, 0.0, math.inf)
-    logits, arguments = validate(input, target, weight, ignore_index, reduction, label_smoothing)
-    if not arguments.soft:
-        return like_input(loss_of(logits, arguments, row_losses.Focal(gamma)), input, reduction)
-    batch = prepare(logits, arguments)
-    log_p = F.log_softmax(batch.logits, 1)
-    # Where p rounds to 1, or is 0 in a class without mass, the term is 0; a stand-in keeps the
-    # derivative of the power, and of 0 * inf, from becoming NaN there.
-    counts = (log_p != 0) & ((batch.target_weights != 0) | (log_p > -math.inf))
-    safe = log_p.where(counts, -1.0)
-    focus = (-torch.expm1(safe)) ** gamma
-    rows = (batch.target_weights * focus * -safe).where(counts, 0.0).sum(1)
-    return like_input(_reduced(rows, batch, reduction), input, reduction)
+    loss = row_losses.Focal(nonnegative("gamma", gamma))
+    return evaluate(input, target, loss, weight, ignore_index, reduction, label_smoothing)
 
 
 def confidence_penalty_loss(
@@ -418,17 +388,8 @@ def confidence_penalty_loss(
         >>> confidence_penalty_loss(torch.zeros(1, 2), torch.tensor([0]), strength=0.5)
         tensor(0.3466)
     """
-    strength = number("strength", strength, 0.0, math.inf)
-    logits, arguments = validate(input, target, weight, ignore_index, reduction, label_smoothing)
-    batch = prepare(logits, arguments)
-    log_p = F.log_softmax(batch.logits, 1)
-    finite = log_p.where(log_p > -math.inf, 0.0)  # p log p is 0 at p = 0
-    entropy = -(log_p.exp() * finite).sum(1)
-    log_q = batch.select(log_p)
-    counts = (batch.target_weights != 0) | (log_q > -math.inf)  # the rest is 0 * inf
-    nll = -(batch.target_weights * log_q.where(counts, 0.0)).sum(1)
-    rows = nll - strength * batch.row_weights * entropy
-    return like_input(_reduced(rows, batch, reduction), input, reduction)
+    loss = row_losses.ConfidencePenalty(nonnegative("strength", strength))
+    return evaluate(input, target, loss, weight, ignore_index, reduction, label_smoothing)
 
 
 def z_loss(
@@ -456,15 +417,8 @@ def z_loss(
         >>> z_loss(torch.zeros(1, 2), torch.tensor([0]), strength=0.5)  # log(2) + log(2)^2 / 2
         tensor(0.9334)
     """
-    return evaluate(
-        input,
-        target,
-        row_losses.ZPenalty(number("strength", strength, 0.0, math.inf)),
-        weight,
-        ignore_index,
-        reduction,
-        label_smoothing,
-    )
+    loss = row_losses.ZPenalty(nonnegative("strength", strength))
+    return evaluate(input, target, loss, weight, ignore_index, reduction, label_smoothing)
 
 
 def generalized_cross_entropy_loss(
@@ -489,15 +443,8 @@ def generalized_cross_entropy_loss(
         >>> generalized_cross_entropy_loss(torch.zeros(1, 2), torch.tensor([0]), q=1.0)
         tensor(0.5000)
     """
-    check_labels(target)
-    return evaluate(
-        input,
-        target,
-        row_losses.GeneralizedCrossEntropy(number("q", q, 0.0, 1.0, open_low=True)),
-        weight,
-        ignore_index,
-        reduction,
-    )
+    loss = row_losses.GeneralizedCrossEntropy(number("q", q, 0.0, 1.0, open_low=True))
+    return evaluate(input, target, loss, weight, ignore_index, reduction)
 
 
 def evaluate(
@@ -509,31 +456,14 @@ def evaluate(
     reduction: str,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Any loss of the rows' numbers, with the options of cross-entropy."""
-    logits, arguments = validate(input, target, weight, ignore_index, reduction, label_smoothing)
-    return like_input(loss_of(logits, arguments, loss), input, reduction)
-
-
-def check_labels(target: object) -> None:
-    """Refuse class probabilities."""
-    if isinstance(target, Tensor) and target.is_floating_point():
+    """Any loss, with the options of cross-entropy."""
+    if loss.labels_only and isinstance(target, Tensor) and target.is_floating_point():
         raise ValueError(
             "target: this loss takes class indices or integer one-hot labels, got class "
             f"probabilities, {target.dtype}"
         )
-
-
-def log_threshold(huberization: float | None) -> float | None:
-    """Where huberization begins, as an exponent."""
-    return None if huberization is None else math.log(positive("huberization", huberization))
-
-
-def _reduced(rows: Tensor, batch: Batch, reduction: str) -> Tensor:
-    if reduction == "none":
-        return rows
-    if reduction == "sum":
-        return rows.sum()
-    return rows.sum() / row_losses.nonzero(batch.denominator)
+    logits, arguments = validate(input, target, weight, ignore_index, reduction, label_smoothing)
+    return like_input(loss_of(logits, arguments, loss), input, reduction)
 
 
 def like_input(value: Tensor, input: Tensor, reduction: str) -> Tensor:

@@ -1,6 +1,5 @@
 """The losses as modules: they hold arguments and the running penalty, and call the functions."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
@@ -11,7 +10,15 @@ from torch import Tensor, nn
 
 from penex import _links, functional
 from penex import _row_losses as row_losses
-from penex._inputs import check_reduction, choice, integer, number, positive, smoothing
+from penex._inputs import (
+    check_reduction,
+    choice,
+    integer,
+    nonnegative,
+    number,
+    positive,
+    smoothing,
+)
 from penex._links import ProbabilityMixin
 from penex._penalty import Bounds, PenaltyRule, RunningPenalty, world
 from penex._row_losses import RowLoss
@@ -26,7 +33,6 @@ __all__ = [
     "ZLoss",
 ]
 
-Group = dist.ProcessGroup | Literal["world"] | None
 Check = Callable[[str, Any], Any]
 
 
@@ -38,14 +44,6 @@ def _weight(name: str, value: Any) -> Tensor | None:
             f"{name}: expected one weight per class, shape (K,), got {tuple(value.shape)}"
         )
     return value
-
-
-def _nonnegative(name: str, value: Any) -> float:
-    return number(name, value, 0.0, math.inf)
-
-
-def _positive_or_none(name: str, value: Any) -> float | None:
-    return None if value is None else positive(name, value)
 
 
 def _process_group(name: str, value: Any) -> Any:
@@ -70,30 +68,10 @@ def _float32(name: str, value: Any) -> float:
     return result
 
 
-class _CheckedModule(nn.Module):
-    """A module that checks its arguments whenever they are set, not in its constructor alone."""
+class _Loss(ProbabilityMixin, nn.Module):
+    """The keywords of :class:`torch.nn.CrossEntropyLoss`, and the link.
 
-    _checks: ClassVar[dict[str, Check]] = {}
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        check = self._checks.get(name)
-        super().__setattr__(name, value if check is None else check(name, value))
-
-    def extra_repr(self) -> str:
-        """What torch prints of the module: all arguments but those that are None."""
-        arguments = {name: getattr(self, name) for name in self._checks}
-        return ", ".join(
-            f"{name.removeprefix('initial_')}="
-            + (f"<shape {tuple(value.shape)}>" if isinstance(value, Tensor) else f"{value!r}")
-            for name, value in arguments.items()
-            if value is not None
-        )
-
-
-class _Loss(ProbabilityMixin, _CheckedModule):
-    """The keywords of :class:`torch.nn.CrossEntropyLoss`, checked and held, and the link.
-
-    Those that are functions of two numbers a row have a method ``_row_loss``, which says which.
+    Arguments are checked whenever they are set, not in the constructor alone.
     """
 
     weight: Tensor | None
@@ -118,10 +96,24 @@ class _Loss(ProbabilityMixin, _CheckedModule):
         self.reduction = reduction
         self.label_smoothing = label_smoothing
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = self._checks.get(name)
+        super().__setattr__(name, value if check is None else check(name, value))
+
+    def extra_repr(self) -> str:
+        """What torch prints of the module: all arguments but those that are None."""
+        arguments = {name: getattr(self, name) for name in self._checks}
+        return ", ".join(
+            f"{name.removeprefix('initial_')}="
+            + (f"<shape {tuple(value.shape)}>" if isinstance(value, Tensor) else f"{value!r}")
+            for name, value in arguments.items()
+            if value is not None
+        )
+
     @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of `input` (logits) and `target`."""
-        return self._loss(input, target, self._row_loss())  # type: ignore[operator]
+        return self._loss(input, target, self._row_loss())
 
     def _loss(self, input: Tensor, target: Tensor, loss: RowLoss) -> Tensor:
         return functional.evaluate(
@@ -134,6 +126,10 @@ class _Loss(ProbabilityMixin, _CheckedModule):
             self.label_smoothing,
         )
 
+    def _row_loss(self) -> RowLoss:
+        """The loss with the arguments that are set."""
+        raise NotImplementedError
+
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         """Calibrated logits of the targets as they are after smoothing: see `penex._links`."""
         raise NotImplementedError
@@ -143,8 +139,61 @@ class _Loss(ProbabilityMixin, _CheckedModule):
         return _links.remove_smoothing(smoothed, self.label_smoothing, dim, self.weight)
 
 
-class _PenaltyMixin(_CheckedModule):
-    """The rule for the penalty, and the running penalty: what :class:`PENEX` says of them."""
+class PENEX(_Loss):
+    r"""Penalized exponential loss, in the place of :class:`torch.nn.CrossEntropyLoss`.
+
+    Computes :func:`penex.functional.penex_loss`, where shapes, options and the two differences to
+    cross-entropy are described, and holds the penalty :math:`\rho`. The model it trains predicts
+    :math:`\operatorname{softmax}((1+\alpha) f)`: :meth:`predict_proba`.
+
+    ``penalty_mode`` says where :math:`\rho` comes from:
+
+    - ``"running"`` (default): an exponential moving average of the batch estimates
+      :func:`penex.functional.estimate_penalty`; the first batch sets it, unless `penalty` gives
+      the start value, and each batch is computed with the average that includes it.
+    - ``"auto"``: each batch's own estimate.
+    - ``"fixed"`` (default if `penalty` is given): the constant `penalty`.
+
+    State: the buffer ``penalty``, 0-d, float32 whatever the module is cast to. It is always there,
+    so a fresh criterion loads a trained one's state strictly and the other way round. Until a batch
+    has been seen it is 0; any value outside of [`penalty_min`, `penalty_max`], such as one that
+    comes of memory without values, stands for "none seen" too. It changes in training mode with
+    gradients enabled, and then only; a batch whose estimate means nothing (no kept row, a NaN or
+    infinite sum) leaves it as it is, and so does the recomputation of activation checkpointing. In
+    evaluation ``"running"`` uses it, or the batch's own estimate before any was seen. With
+    ``"fixed"`` the argument counts, whatever state is loaded. A state that belongs to another
+    sensitivity gives a warning, and the running penalty starts anew.
+
+    `weight`, `sensitivity`, `huberization`, `ignore_index`, `reduction`, `label_smoothing` and
+    `normalize` are those of the function.
+
+    Args:
+        penalty_mode: ``"running"``, ``"auto"`` or ``"fixed"``.
+        penalty: :math:`\rho`, the constant of ``"fixed"`` or the start of ``"running"``.
+        penalty_min: Estimates are clamped to at least this.
+        penalty_max: Estimates are clamped to at most this.
+        ema: Share of the newest estimate in the running penalty, in [0, 1].
+        process_group: In training, estimate :math:`\rho` over the batches of all ranks of this
+            group, and let ``"mean"`` divide by the average of their denominators: the gradients
+            that DistributedDataParallel averages are then those of one process with the joined
+            batch, however rows are ignored. One collective of three numbers a step; every rank
+            must call the criterion equally often. ``"world"``: every rank of the job, looked up
+            when a batch comes, so that the criterion can be built before
+            :mod:`torch.distributed` is initialised; without that it is None. None: all from the
+            local batch.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> criterion = PENEX(sensitivity=0.1)
+        >>> logits = torch.zeros(2, 4, requires_grad=True)
+        >>> loss = criterion(logits, torch.tensor([0, 3]))
+        >>> loss.backward()
+        >>> criterion.penalty  # alpha / K at f = 0
+        tensor(0.0250)
+    """
 
     penalty: Tensor
 
@@ -155,21 +204,30 @@ class _PenaltyMixin(_CheckedModule):
         "penalty_min": _float32,
         "penalty_max": _float32,
         "ema": lambda name, value: number(name, value, 0.0, 1.0),
-        "huberization": _positive_or_none,
+        "huberization": lambda name, value: None if value is None else positive(name, value),
         "process_group": _process_group,
+        **_Loss._checks,
+        "normalize": _boolean,
     }
 
-    def _hold_penalty(
+    def __init__(
         self,
-        sensitivity: float,
-        penalty_mode: str | None,
-        penalty: float | None,
-        penalty_min: float,
-        penalty_max: float,
-        ema: float,
-        huberization: float | None,
-        process_group: Group,
+        weight: Tensor | None = None,
+        *,
+        sensitivity: float = 0.1,
+        penalty_mode: Literal["running", "auto", "fixed"] | None = None,
+        penalty: float | None = None,
+        penalty_min: float = 1e-10,
+        penalty_max: float = 100.0,
+        ema: float = 0.1,
+        huberization: float | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        process_group: dist.ProcessGroup | Literal["world"] | None = None,
+        normalize: bool = False,
     ) -> None:
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
         if penalty_mode is None:
             penalty_mode = "running" if penalty is None else "fixed"
         self.penalty_mode = penalty_mode
@@ -185,17 +243,15 @@ class _PenaltyMixin(_CheckedModule):
         self.penalty_min, self.penalty_max = penalty_min, penalty_max
         self.ema, self.huberization = ema, huberization
         self.process_group = process_group
+        self.normalize = normalize
         self.register_buffer("penalty", torch.empty((), dtype=torch.float32))
-        self._reset_penalty()
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the penalty to its start, as after construction.
 
         For modules whose memory was made without values, as by ``to_empty``.
         """
-        self._reset_penalty()
-
-    def _reset_penalty(self) -> None:
         start = self.initial_penalty
         with torch.no_grad():
             self.penalty.fill_(0.0 if start is None else start)
@@ -227,7 +283,7 @@ class _PenaltyMixin(_CheckedModule):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self.penalty_mode == "fixed":  # the argument counts, not the state
-            self._reset_penalty()
+            self.reset_parameters()
             return
         sensitivity = (local_metadata or {}).get("sensitivity", self.sensitivity)
         if sensitivity != self.sensitivity and prefix + "penalty" in state_dict:
@@ -236,110 +292,13 @@ class _PenaltyMixin(_CheckedModule):
                 f"criterion has {self.sensitivity:g}; the running penalty starts anew",
                 stacklevel=2,
             )
-            self._reset_penalty()
-
-
-class PENEX(_PenaltyMixin, _Loss):
-    r"""Penalized exponential loss, in the place of :class:`torch.nn.CrossEntropyLoss`.
-
-    Computes :func:`penex.functional.penex_loss`, where shapes, options and the two differences to
-    cross-entropy are described, and holds the penalty :math:`\rho`. The model it trains predicts
-    :math:`\operatorname{softmax}((1+\alpha) f)`: :meth:`predict_proba`.
-
-    ``penalty_mode`` says where :math:`\rho` comes from:
-
-    - ``"running"`` (default): an exponential moving average of the batch estimates
-      :func:`penex.functional.estimate_penalty`; the first batch sets it, unless `penalty` gives
-      the start value, and each batch is computed with the average that includes it.
-    - ``"auto"``: each batch's own estimate.
-    - ``"fixed"`` (default if `penalty` is given): the constant `penalty`.
-
-    State: the buffer ``penalty``, 0-d, float32 whatever the module is cast to. It is always there,
-    so a fresh criterion loads a trained one's state strictly and the other way round. Until a batch
-    has been seen it is 0; any value outside of [`penalty_min`, `penalty_max`], such as one that
-    comes of memory without values, stands for "none seen" too. It changes in training mode with
-    gradients enabled, and then only; a batch whose estimate means nothing (no kept row, a NaN or
-    infinite sum) leaves it as it is, and so does the recomputation of activation checkpointing. In
-    evaluation ``"running"`` uses it, or the batch's own estimate before any was seen. With
-    ``"fixed"`` the argument counts, whatever state is loaded. A state that belongs to another
-    sensitivity gives a warning, and the running penalty starts anew.
-
-    Args:
-        weight: Class weights, shape (K).
-        sensitivity: :math:`\alpha > 0`.
-        penalty_mode: ``"running"``, ``"auto"`` or ``"fixed"``.
-        penalty: :math:`\rho`, the constant of ``"fixed"`` or the start of ``"running"``.
-        penalty_min: Estimates are clamped to at least this.
-        penalty_max: Estimates are clamped to at most this.
-        ema: Share of the newest estimate in the running penalty, in [0, 1].
-        huberization: As in :func:`penex.functional.penex_loss`.
-        ignore_index: As in :func:`penex.functional.penex_loss`.
-        reduction: As in :func:`penex.functional.penex_loss`.
-        label_smoothing: As in :func:`penex.functional.penex_loss`.
-        process_group: In training, estimate :math:`\rho` over the batches of all ranks of this
-            group, and let ``"mean"`` divide by the average of their denominators: the gradients
-            that DistributedDataParallel averages are then those of one process with the joined
-            batch, however rows are ignored. One collective of three numbers a step; every rank
-            must call the criterion equally often. ``"world"``: every rank of the job, looked up
-            when a batch comes, so that the criterion can be built before
-            :mod:`torch.distributed` is initialised; without that it is None. None: all from the
-            local batch.
-        normalize: Divide the loss by :math:`\alpha`, as in :func:`penex.functional.penex_loss`.
-            The penalty and the probabilities are the same.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: An argument is out of its range.
-
-    Example:
-        >>> criterion = PENEX(sensitivity=0.1)
-        >>> logits = torch.zeros(2, 4, requires_grad=True)
-        >>> loss = criterion(logits, torch.tensor([0, 3]))
-        >>> loss.backward()
-        >>> criterion.penalty  # alpha / K at f = 0
-        tensor(0.0250)
-    """
-
-    _checks: ClassVar[dict[str, Check]] = (
-        _PenaltyMixin._checks | _Loss._checks | {"normalize": _boolean}
-    )
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        sensitivity: float = 0.1,
-        penalty_mode: Literal["running", "auto", "fixed"] | None = None,
-        penalty: float | None = None,
-        penalty_min: float = 1e-10,
-        penalty_max: float = 100.0,
-        ema: float = 0.1,
-        huberization: float | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        process_group: dist.ProcessGroup | Literal["world"] | None = None,
-        normalize: bool = False,
-    ) -> None:
-        super().__init__(weight, ignore_index, reduction, label_smoothing)
-        self._hold_penalty(
-            sensitivity,
-            penalty_mode,
-            penalty,
-            penalty_min,
-            penalty_max,
-            ema,
-            huberization,
-            process_group,
-        )
-        self.normalize = normalize
+            self.reset_parameters()
 
     def _row_loss(self) -> RowLoss:
         return self._with_penalty(self._penalty_rule())
 
     def _with_penalty(self, penalty: PenaltyRule) -> RowLoss:
-        threshold = functional.log_threshold(self.huberization)
-        return row_losses.Penex(self.sensitivity, penalty, threshold, self.normalize)
+        return row_losses.Penex(self.sensitivity, penalty, self.huberization, self.normalize)
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.penex(logits, self.sensitivity, self.huberization)
@@ -352,13 +311,9 @@ class LogPENEX(_Loss):
     described. There is no penalty to estimate and no state. The model it trains predicts
     :math:`\operatorname{softmax}((1+\alpha) f)`, whatever the power: :meth:`predict_proba`.
 
+    The other arguments are those of the function.
+
     Args:
-        weight: Class weights, shape (K).
-        sensitivity: :math:`\alpha \ge 0`.
-        power: :math:`\beta \ge 0`.
-        ignore_index: As in :func:`penex.functional.log_penex_loss`.
-        reduction: As in :func:`penex.functional.log_penex_loss`.
-        label_smoothing: As in :func:`penex.functional.log_penex_loss`.
         process_group: In training, take the batches of all ranks of this group for one: the
             gradients that DistributedDataParallel averages are then those of one process with the
             joined batch, however rows are ignored, and the ranks' losses average to its loss. One
@@ -379,8 +334,8 @@ class LogPENEX(_Loss):
     """
 
     _checks: ClassVar[dict[str, Check]] = {
-        "sensitivity": _nonnegative,
-        "power": _nonnegative,
+        "sensitivity": nonnegative,
+        "power": nonnegative,
         "process_group": _process_group,
     } | _Loss._checks
 
@@ -437,7 +392,7 @@ class FocalLoss(_Loss):
     Computes :func:`penex.functional.focal_loss`, where the arguments are described.
     """
 
-    _checks: ClassVar[dict[str, Check]] = {"gamma": _nonnegative} | _Loss._checks
+    _checks: ClassVar[dict[str, Check]] = {"gamma": nonnegative} | _Loss._checks
 
     def __init__(
         self,
@@ -454,19 +409,6 @@ class FocalLoss(_Loss):
     def _row_loss(self) -> RowLoss:
         return row_losses.Focal(self.gamma)
 
-    @torch.jit.unused
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input` (logits) and `target`."""
-        return functional.focal_loss(
-            input,
-            target,
-            gamma=self.gamma,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
-
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.focal(logits, self.gamma, dim)
 
@@ -477,7 +419,7 @@ class ConfidencePenaltyLoss(_Loss):
     Computes :func:`penex.functional.confidence_penalty_loss`, where the arguments are described.
     """
 
-    _checks: ClassVar[dict[str, Check]] = {"strength": _nonnegative} | _Loss._checks
+    _checks: ClassVar[dict[str, Check]] = {"strength": nonnegative} | _Loss._checks
 
     def __init__(
         self,
@@ -491,18 +433,8 @@ class ConfidencePenaltyLoss(_Loss):
         super().__init__(weight, ignore_index, reduction, label_smoothing)
         self.strength = strength
 
-    @torch.jit.unused
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input` (logits) and `target`."""
-        return functional.confidence_penalty_loss(
-            input,
-            target,
-            strength=self.strength,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
+    def _row_loss(self) -> RowLoss:
+        return row_losses.ConfidencePenalty(self.strength)
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.confidence_penalty(logits, self.strength, dim)
@@ -514,7 +446,7 @@ class ZLoss(_Loss):
     Computes :func:`penex.functional.z_loss`, where the arguments are described.
     """
 
-    _checks: ClassVar[dict[str, Check]] = {"strength": _nonnegative} | _Loss._checks
+    _checks: ClassVar[dict[str, Check]] = {"strength": nonnegative} | _Loss._checks
 
     def __init__(
         self,
@@ -559,12 +491,6 @@ class GeneralizedCrossEntropyLoss(_Loss):
 
     def _row_loss(self) -> RowLoss:
         return row_losses.GeneralizedCrossEntropy(self.q)
-
-    @torch.jit.unused
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input` (logits) and `target` (class indices)."""
-        functional.check_labels(target)
-        return super().forward(input, target)
 
     def _link(self, logits: Tensor, dim: int) -> Tensor:
         return _links.generalized_cross_entropy(logits, self.q, dim)
