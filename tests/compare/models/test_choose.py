@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from train_worker import numbers, pictures, sentences
 
+from penex.compare import user_objects
+from penex.compare.config import configure
 from penex.compare.data.dataset import Dataset, Texts
 from penex.compare.errors import CompareError
 from penex.compare.models.choose import OPTIONS, resolve
@@ -251,11 +253,18 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "networks_of_mine", raising=False)
+    monkeypatch.setattr(user_objects, "_objects", {})
     return "networks_of_mine"
 
 
+def imported(name: str) -> str:
+    """The name of a network, which a user has given as a setting."""
+    assert configure(model=name).model == name
+    return name
+
+
 def test_a_function_of_the_user(module: str) -> None:
-    architecture = resolve(f"{module}:small", pictures(), options={"width": 7})
+    architecture = resolve(imported(f"{module}:small"), pictures(), options={"width": 7})
     model, encoder = architecture.build(pictures().features, 3)
     assert encoder is None
     assert sys.modules[module].seen == [((3, 8, 8), 3, 7)]
@@ -269,7 +278,7 @@ def test_a_function_of_the_user(module: str) -> None:
     ("name", "options", "message"),
     [
         ("small", {"with": 3}, "unexpected keyword argument 'with'. Known: width."),
-        ("nothing", {}, "networks_of_mine has no nothing"),
+        ("nothing", {}, "networks_of_mine has no attribute nothing"),
         ("number", {}, "is int, expected a function"),
     ],
 )
@@ -277,18 +286,24 @@ def test_a_function_that_does_not_fit(
     module: str, name: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CompareError) as refusal:
-        resolve(f"{module}:{name}", pictures(), options=options)
+        resolve(imported(f"{module}:{name}"), pictures(), options=options)
     assert message in str(refusal.value)
 
 
 def test_a_function_that_returns_something_else(module: str) -> None:
     with pytest.raises(CompareError, match="returned str, expected an nn.Module"):
-        resolve(f"{module}:anything", numbers()).build(numbers().features, 3)
+        resolve(imported(f"{module}:anything"), numbers()).build(numbers().features, 3)
 
 
 def test_a_missing_module_is_refused() -> None:
     with pytest.raises(CompareError, match="^model: cannot import no_such_module"):
-        resolve("no_such_module:model", numbers())
+        configure(model="no_such_module:model")
+
+
+def test_a_function_is_imported_only_where_the_user_names_it(module: str) -> None:
+    with pytest.raises(CompareError, match="networks_of_mine:small is user-defined"):
+        resolve(f"{module}:small", numbers())
+    assert module not in sys.modules
 
 
 @pytest.fixture
