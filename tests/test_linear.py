@@ -373,6 +373,21 @@ def test_the_penalty_stays_float32_and_the_weight_can_be_tied() -> None:
     assert "in_features=4, num_classes=7, bias=False" in repr(head)
 
 
+def test_the_arguments_of_the_loss_are_the_criterions() -> None:
+    head = LinearPENEX(5, 7, class_weight=torch.ones(7), sensitivity=0.3)
+    hidden, target = torch.randn(4, 5), torch.randint(7, (4,))
+    head(hidden, target)
+    assert head.penalty is head.criterion.penalty
+    assert head.class_weight is head.criterion.weight
+    head.criterion.sensitivity = 0.6
+    assert head.sensitivity == 0.6
+    for name in ("sensitivity", "penalty", "class_weight"):
+        with pytest.raises(AttributeError):
+            setattr(head, name, torch.tensor(0.5))
+    head.reset_parameters()
+    assert head.penalty == 0
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_it_is_the_same(reduction: str) -> None:
     head = LinearPENEX(4, 9, reduction=reduction)
