@@ -217,7 +217,11 @@ def test_loading_imports_nothing(folder: Path, trap: Path) -> None:
 @pytest.mark.parametrize("command", ["report", "figures", "attack", "predict", "export"])
 def test_with_trust_it_is_imported(folder: Path, rows: Path, trap: Path, command: str) -> None:
     plant(folder, "loss")
-    more = {"predict": [rows], "export": ["saved"]}.get(command, [])
+    more = {
+        "predict": [rows],
+        "export": ["saved"],
+        "attack": ["--rows=1", "--linf=0.1", "--l2="],
+    }.get(command, [])
     penex_command(command, folder, *more, "--trust")
     assert trap.exists()
 
