@@ -82,7 +82,7 @@ def test_value_and_gradient(monkeypatch: pytest.MonkeyPatch, kind: str, options:
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [1.0, 30.0, 6e4])
+@pytest.mark.parametrize("size", [30.0, 6e4])
 def test_no_power_and_no_logits_lose_precision(
     monkeypatch: pytest.MonkeyPatch, size: float, dtype: torch.dtype, kind: str
 ) -> None:
