@@ -15,7 +15,7 @@ demo: .venv/.demo  ## Compare five losses on digits (about a minute)
 	$(BIN)/penex compare
 
 test: .venv/.dev  ## The whole test suite, the code blocks of README and docs included, on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.dev  ## Style and types
 	$(BIN)/ruff check .

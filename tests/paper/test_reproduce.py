@@ -18,7 +18,6 @@ from penex.compare.output_folder import read_comparison, run_folder, trial_folde
 from penex.paper.presets import NAMES, preset
 from penex.paper.synthetic_data import sample
 
-# What differs from CIFAR-100 in data, network and training, but not in losses.
 FEWER_LOSSES = {
     **dict.fromkeys(
         ("cifar10-noisy", "cifar10-vit", "cifar100-vit", "pathmnist", "imagenet", "bbc-news"),
