@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +119,15 @@ def test_a_missing_extra_is_named() -> None:
     need("penex", "compare", "torch")
     with pytest.raises(ImportError, match=r"Thing needs the extra 'onnx' \(no_such is missing\): "):
         need("Thing", "onnx", "torch", "no_such")
+
+
+def test_only_the_command_line_and_the_registry_need_the_papers_experiments() -> None:
+    """The registry builds the ablation losses; everything else works without penex.paper."""
+    root = Path(penex.__file__).parent
+    users = {
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        if re.search(r"^\s*(from|import) penex\.paper\b", path.read_text("utf-8"), re.MULTILINE)
+        and path.parent.name != "paper"
+    }
+    assert users == {"cli.py", "compare/registry.py"}

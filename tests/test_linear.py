@@ -587,3 +587,16 @@ def test_nothing_waits_for_the_device(
     for got, reference in zip(found, exact, strict=True):
         close(got.cpu(), reference, 5 * TOLERANCE[dtype])
     torch.testing.assert_close(other.penalty.cpu(), head.penalty, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["reduction", "ignore_index", "penalty_mode", "ema", "sensitivity"]
+)
+def test_arguments_of_the_loss_are_set_on_the_criterion(name: str) -> None:
+    head = LinearPENEX(3, 5)
+    before = getattr(head.criterion, name)
+    with pytest.raises(AttributeError, match=f"set it on the head's criterion, .*{name}"):
+        setattr(head, name, before)
+    embedding = torch.nn.Embedding(5, 3)
+    head.weight = embedding.weight
+    assert head.weight is embedding.weight

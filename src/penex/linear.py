@@ -149,7 +149,8 @@ class LinearPENEX(LinearLoss):
     the sum over the classes can be estimated from few of them. The layer predicts
     :math:`\operatorname{softmax}((1+\alpha)(h W^\top + b))`: :meth:`predict_proba`.
 
-    The arguments of the loss are attributes of ``criterion``; to change one, set it there.
+    The arguments of the loss are attributes of ``criterion``; to change one, set it there. Setting
+    one on this module raises AttributeError.
 
     Args:
         in_features: D, the size of the hidden states.
@@ -227,6 +228,11 @@ class LinearPENEX(LinearLoss):
         self.sampler = choice("sampler", sampler, ("uniform", "log-uniform"))
         if num_sampled is not None and vocab_group is not None:
             raise ValueError("num_sampled: classes shared out over a vocab_group are all used")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight" and name in PENEX._checks:  # the weight is the layer's
+            raise AttributeError(f"{name}: set it on the head's criterion, head.criterion.{name}")
+        super().__setattr__(name, value)
 
     @property
     def sensitivity(self) -> float:

@@ -162,7 +162,7 @@ class PENEX(_Loss):
     infinite sum) leaves it as it is, and so does the recomputation of activation checkpointing. In
     evaluation ``"running"`` uses it, or the batch's own estimate before any was seen. With
     ``"fixed"`` the argument counts, whatever state is loaded. A state that belongs to another
-    sensitivity gives a warning, and the running penalty starts anew.
+    sensitivity gives a warning, and the running penalty starts again.
 
     `weight`, `sensitivity`, `huberization`, `ignore_index`, `reduction`, `label_smoothing` and
     `normalize` are those of the function.
@@ -289,7 +289,7 @@ class PENEX(_Loss):
         if sensitivity != self.sensitivity and prefix + "penalty" in state_dict:
             warnings.warn(
                 f"penalty: the state to be loaded belongs to sensitivity {sensitivity:g}, and this "
-                f"criterion has {self.sensitivity:g}; the running penalty starts anew",
+                f"criterion has {self.sensitivity:g}; the running penalty starts again",
                 stacklevel=2,
             )
             self.reset_parameters()

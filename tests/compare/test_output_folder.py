@@ -298,7 +298,9 @@ def test_learning_rates_of_single_losses_join(tmp_path: Path) -> None:
 def test_a_loss_keeps_one_spelling(tmp_path: Path) -> None:
     claimed(tmp_path, ("penex=0.3",), 1)
     finish(tmp_path, ("penex=0.3", 0))
-    with pytest.raises(CompareError, match=r"^losses: .* has penex=0.30 as penex=0.3; name it so"):
+    with pytest.raises(
+        CompareError, match=r"^losses: .* has this loss as penex=0.3; use that name for penex=0.30"
+    ):
         claimed(tmp_path, ("penex=0.30",), 1)
 
 

@@ -29,7 +29,7 @@ from penex.compare.data.split import split
 from penex.compare.errors import CompareError
 from penex.compare.files import read_json
 from penex.compare.finished_runs import read_curve, read_logits
-from penex.compare.models.files import read_network
+from penex.compare.models.saved_model import read_network
 from penex.compare.output_folder import read_comparison, run_folder
 from penex.compare.registry import LOSSES
 

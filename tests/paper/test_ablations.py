@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from penex import PENEX
 from penex.compare.finished_runs import read_logits
-from penex.compare.models.files import read_network
+from penex.compare.models.saved_model import read_network
 from penex.compare.output_folder import checkpoint_file, run_folder
 from penex.paper import ablations
 from penex.paper.ablations import (

@@ -21,16 +21,17 @@ from numpy.lib import format as npy
 from penex.compare.errors import CompareError
 
 PARTIAL = ".partial-"
-"""Starts the name of what is being written."""
+"""Prefix of the names of unfinished files and folders."""
 MAX_BYTES = 4 * 2**30
-"""Of a data file after decompression, and of the arrays in one (4 GiB)."""
+"""Largest size of a data file after decompression, and of the arrays in it (4 GiB)."""
 MAX_ROWS = 100_000_000
-"""Of a table."""
+"""Largest number of rows of a table."""
 MAX_IMAGE_BYTES = 2**28
-"""Of an image file (256 MiB)."""
+"""Largest size of an image file (256 MiB)."""
 MAX_JSON_BYTES = 64 * 2**20
+"""Largest size of a JSON file (64 MiB)."""
 MAX_DEPTH = 20
-"""Of nested values in JSON and YAML."""
+"""Deepest nesting of values in JSON and YAML."""
 _LOGGER = "wandb"
 """The folder in which the logger of that name links its latest files."""
 
@@ -55,7 +56,7 @@ def write_json(path: Path, value: Any) -> None:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A stream whose content becomes that of `path` at the end, unless something raises.
 
-    Nothing that is there already is written to, through links neither.
+    An existing file is never written to, neither directly nor through a link.
     """
     partial = path.with_name(f"{PARTIAL}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -69,13 +70,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse an output folder in which anything but files and folders lies.
+    """Refuse an output folder that contains anything but regular files and folders.
 
     A link could lead what is written or read to another place, a pipe would block. `folder` itself
     may be a link.
 
     Raises:
-        CompareError: It names the first one.
+        CompareError: It contains a link or a special file; the message names the first.
     """
     for where, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -90,8 +91,8 @@ def refuse_links(folder: Path) -> None:
             else:
                 continue
             raise CompareError(
-                f"{path} is {what}, which penex does not follow; remove it or put the files "
-                "themselves there"
+                f"{path} is {what}, which penex does not follow; remove it or replace it by "
+                "the files themselves"
             )
 
 
@@ -112,7 +113,7 @@ def require_regular(path: Path) -> None:
     """Refuse a pipe or a device, which would block or never end.
 
     Raises:
-        CompareError: As said; also for a folder.
+        CompareError: It is one of these, or a folder.
     """
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a pipe, socket or device"
@@ -121,7 +122,7 @@ def require_regular(path: Path) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path, remedy: str = "") -> Iterator[None]:
-    """Name `path` when its content is not what it should be, whatever that raises.
+    """Report any error while `path` is read as a CompareError that names the file.
 
     Args:
         path: Of the file.
@@ -168,11 +169,11 @@ def _no_number(text: str) -> None:
 def check_archive(path: Path, most: int = MAX_BYTES) -> None:
     """Refuse a zip archive whose members are larger than `most` bytes together.
 
-    The sizes that it declares, which zipfile keeps to when it decompresses.
+    The declared sizes are checked; zipfile never decompresses more than these.
 
     Raises:
-        CompareError: They are.
-        zipfile.BadZipFile: It is none.
+        CompareError: They are larger.
+        zipfile.BadZipFile: It is not a zip archive.
     """
     with zipfile.ZipFile(path) as archive:
         _refuse_large(path, sum(member.file_size for member in archive.infolist()), most)

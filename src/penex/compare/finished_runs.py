@@ -109,7 +109,7 @@ def read_curve(folder: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """The record and the logits of a run, which fit each other.
+    """The record and the logits of a run, checked against each other.
 
     Raises:
         CompareError: A file is missing or damaged.
@@ -124,13 +124,13 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 
 
 def discard_damaged(folders: Iterable[Path]) -> list[str]:
-    """Remove those of these runs that are not whole, to be done again.
+    """Remove incomplete and damaged runs, so that they are repeated.
 
     Args:
-        folders: Of runs; some may not exist.
+        folders: The folders of runs; some may not exist.
 
     Returns:
-        Why each one was removed.
+        The reason for each removal.
     """
     reasons = []
     for folder in folders:

@@ -41,7 +41,7 @@ _ID = "????????"
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` (made if missing) for this process; the system lets go if the process dies.
+    """Lock `folder`, created if missing, until the context ends or the process dies.
 
     Raises:
         CompareError: It cannot be made, holds links, or another process is working in it.
@@ -61,7 +61,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def report_full_disk(folder: Path) -> Iterator[None]:
-    """Say plainly that the disk is full if it becomes so while `folder` is written to.
+    """Report a full disk as a CompareError while `folder` is written to.
 
     Raises:
         CompareError: In place of the system's error.
@@ -78,13 +78,14 @@ def report_full_disk(folder: Path) -> Iterator[None]:
 
 
 def start_or_resume(folder: Path, config: Config, dataset: Dataset) -> None:
-    """Make `folder` this comparison's, or check that it is, and clear what was never finished.
+    """Create the comparison in `folder`, or check that it is the same, and remove unfinished files.
 
-    A folder without any work in it may change hands. One with finished runs of other losses or more
-    seeds keeps them: what is written down is the union.
+    A folder in which nothing was trained yet is taken over. Finished runs of other losses or
+    further seeds are kept, and the configuration becomes the union.
 
     Raises:
-        CompareError: It belongs to another configuration or other data, or holds something else.
+        CompareError: `folder` belongs to another configuration or other data, or contains other
+            files.
     """
     data = {
         "name": dataset.name,
@@ -142,7 +143,9 @@ def _union(folder: Path, before: Config, now: Config) -> Config:
     for spec in now.losses:
         earlier = spelled.get(parse_loss(spec).label, spec)
         if earlier != spec:
-            raise CompareError(f"losses: {folder} has {spec} as {earlier}; name it so")
+            raise CompareError(
+                f"losses: {folder} has this loss as {earlier}; use that name for {spec}"
+            )
     losses = (*kept, *(spec for spec in now.losses if spec not in kept))
     rates = before.lr_of | now.lr_of
     return now.model_copy(
@@ -157,7 +160,7 @@ def _union(folder: Path, before: Config, now: Config) -> Config:
 def _holds_work(folder: Path) -> bool:
     """Whether a run is finished there, or got as far as a checkpoint.
 
-    A comparison that was refused or stopped before that leaves nothing that could belong to anyone.
+    Until then the folder can be taken over by another comparison.
     """
     return any(any(folder.rglob(name)) for name in ("run.json", CHECKPOINT))
 
@@ -344,7 +347,7 @@ def _resumable(folder: Path, started: object, stack: contextlib.ExitStack) -> Pa
     for partial in folder.parent.glob(f"{PARTIAL}{glob.escape(folder.name)}-{_ID}"):
         with contextlib.ExitStack() as held:
             if not held.enter_context(_locked(partial)):
-                continue  # somebody is at work in it
+                continue  # in use by another process
             with contextlib.suppress(OSError, ValueError):
                 same = json.loads((partial / _STARTED).read_text(encoding="utf-8")) == started
                 if same and (partial / CHECKPOINT).exists():
@@ -368,7 +371,7 @@ def _new_partial(folder: Path, started: object, stack: contextlib.ExitStack) -> 
 def _locked(partial: Path) -> Iterator[bool]:
     """Hold an unfinished run's folder, or one to be made; False if another process does.
 
-    The file that is locked goes with the folder.
+    The lock file is removed together with the folder.
     """
     path = partial.with_name(f"{partial.name}.lock")
     lock = FileLock(path, timeout=0)

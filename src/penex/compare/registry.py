@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from penex.compare.errors import CompareError
-from penex.compare.user_objects import OBJECT_NAME, known, registered
+from penex.compare.user_objects import OBJECT_NAME, registered, require_object
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -337,7 +337,7 @@ LOSSES = {
 }
 
 DEFAULT_LOSSES = (REFERENCE, "label-smoothing", "confidence-penalty", "focal", "penex")
-"""The losses that are compared by default; the rest of the registry is for ablations."""
+"""The losses that are compared by default."""
 
 
 @dataclass(frozen=True)
@@ -405,7 +405,7 @@ def parse_loss(spec: str) -> Candidate:
         return Candidate(name, loss, None)
     if loss.knob is None:
         raise CompareError(f"losses: {name} has no hyperparameter to set, got {spec!r}")
-    return Candidate(spec.strip(), loss, _locked(loss, value, spec))
+    return Candidate(spec.strip(), loss, _fixed_value(loss, value, spec))
 
 
 def _entry(name: str) -> Loss:
@@ -417,13 +417,13 @@ def _entry(name: str) -> Loss:
 
         return user_loss(name, own)
     if OBJECT_NAME.fullmatch(name):
-        known(name, "losses")  # raises
+        require_object(name, "losses")
     close = difflib.get_close_matches(name, LOSSES, n=1)
     hint = f"; did you mean {close[0]}?" if close else "."
     raise CompareError(f"losses: no loss is called {name!r}{hint} Known: {', '.join(LOSSES)}.")
 
 
-def _locked(loss: Loss, text: str, spec: str) -> float:
+def _fixed_value(loss: Loss, text: str, spec: str) -> float:
     """Parse the value of the knob."""
     knob = loss.knob
     assert knob is not None  # noqa: S101  # checked by the caller
@@ -460,7 +460,7 @@ def _with_options(loss: Loss, text: str) -> Candidate:
         if ".." in written:
             continue
         if option in own:
-            value = _locked(loss, written, spec)
+            value = _fixed_value(loss, written, spec)
         else:
             held[option] = _value(written)
     for option, written in ranges:

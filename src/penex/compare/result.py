@@ -27,7 +27,7 @@ from penex.compare.data.tables import content_of, texts
 from penex.compare.display import Display
 from penex.compare.errors import CompareError
 from penex.compare.files import read_json, reading, write_text
-from penex.compare.models.files import DESCRIPTION, read_model
+from penex.compare.models.saved_model import DESCRIPTION, read_model
 from penex.compare.output_folder import (
     checkpoint_file,
     comparison_file,

@@ -88,7 +88,9 @@ class OneVsRestLoss(ProbabilityMixin, nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The mean loss of logits (N, K) and labels (N,)."""
-        return F.softplus(input).sum(1).mean() - input.gather(1, target[:, None]).mean()
+        labels = F.one_hot(target, input.shape[1]).to(input.dtype)
+        total = F.binary_cross_entropy_with_logits(input, labels, reduction="sum")
+        return total / len(target)
 
     def _calibrated_logits(self, logits: Tensor, dim: int) -> Tensor:
         return F.logsigmoid(logits)

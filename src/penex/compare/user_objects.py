@@ -65,7 +65,7 @@ def import_object(name: str, setting: str) -> None:
         raise CompareError(f"{setting}: {module} has no attribute {attribute} ({name})") from None
 
 
-def known(name: str, setting: str) -> Any:
+def require_object(name: str, setting: str) -> Any:
     """The object known under a name.
 
     Raises:

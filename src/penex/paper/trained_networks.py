@@ -19,8 +19,8 @@ from penex.compare.data.split import Split, split
 from penex.compare.errors import CompareError
 from penex.compare.finished_runs import read_record
 from penex.compare.models.choose import resolve
-from penex.compare.models.files import read_network
 from penex.compare.models.networks import Normalise
+from penex.compare.models.saved_model import read_network
 from penex.compare.output_folder import checkpoint_file, load_data, run_folder
 from penex.compare.registry import parse_loss
 from penex.paper.attacks import Target

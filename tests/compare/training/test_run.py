@@ -36,7 +36,7 @@ from penex.compare.errors import CompareError
 from penex.compare.files import read_json
 from penex.compare.finished_runs import read_logits
 from penex.compare.models.choose import resolve
-from penex.compare.models.files import read_network
+from penex.compare.models.saved_model import read_network
 from penex.compare.output_folder import CHECKPOINT, checkpoint_file
 from penex.compare.registry import LOSSES, Context, Loss, parse_loss
 from penex.compare.training import run as training
@@ -556,7 +556,7 @@ import signal, sys
 from pathlib import Path
 from train_worker import numbers
 from penex.compare.training import run as train
-from penex.compare.models.files import read_network
+from penex.compare.models.saved_model import read_network
 from penex.compare.config import Config, Execution, Task
 seeded, wait = train._seed, int(sys.argv[2])
 def seed(seed, epoch, rank):

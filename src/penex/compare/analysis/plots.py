@@ -140,7 +140,7 @@ class LineStyle(NamedTuple):
 
 
 def line_styles(specs: Iterable[str]) -> dict[str, LineStyle]:
-    """A look for each loss, no two alike: that of its registered name for the first of a name."""
+    """A distinct style for each loss; the first of a registered name has the style of that name."""
     found: dict[str, LineStyle] = {}
     seen: set[str] = set()
     more = 0

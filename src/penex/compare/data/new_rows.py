@@ -18,7 +18,7 @@ from penex.compare.data.preprocessing import Date, Number, Table
 from penex.compare.data.tables import as_number, read_file
 from penex.compare.errors import CompareError, did_you_mean
 from penex.compare.files import open_arrays, read_bytes
-from penex.compare.models.files import Model
+from penex.compare.models.saved_model import Model
 
 Rows = pd.DataFrame | npt.NDArray[Any] | Sequence[str] | Images
 """What a classifier takes."""

@@ -17,7 +17,7 @@ from penex._extras import need
 from penex.compare.data.dataset import Dataset, Features, Texts
 from penex.compare.data.images import Images
 from penex.compare.errors import CompareError, did_you_mean, named
-from penex.compare.user_objects import OBJECT_NAME, known
+from penex.compare.user_objects import OBJECT_NAME, require_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -258,7 +258,7 @@ def _checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _function(name: str) -> Any:
-    found = known(name, "model")
+    found = require_object(name, "model")
     if not callable(found):
         raise CompareError(f"model: {name} is {type(found).__name__}, expected a function")
     return found

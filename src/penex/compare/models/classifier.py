@@ -20,7 +20,8 @@ from penex.compare.data.preprocessing import Arrays, Columns
 from penex.compare.errors import CompareError
 from penex.compare.files import reading, write_bytes
 from penex.compare.models.choose import Architecture
-from penex.compare.models.files import (
+from penex.compare.models.networks import Normalise, Vocabulary
+from penex.compare.models.saved_model import (
     DESCRIPTION,
     WEIGHTS,
     Model,
@@ -28,10 +29,9 @@ from penex.compare.models.files import (
     read_network,
     write_model,
 )
-from penex.compare.models.networks import Normalise, Vocabulary
 from penex.compare.registry import parse_loss
 from penex.compare.training.determinism import deterministic
-from penex.compare.user_objects import OBJECT_NAME, known
+from penex.compare.user_objects import OBJECT_NAME, require_object
 
 if TYPE_CHECKING:
     from penex.compare.data.split import Inputs
@@ -62,7 +62,7 @@ class Classifier:
         self.description, self._weights = model, weights
         who = parse_loss(model.loss)
         if OBJECT_NAME.fullmatch(model.network):
-            known(model.network, "model")
+            require_object(model.network, "model")
         if model.kind == "text" and model.network.startswith("transformers:"):
             raise CompareError(
                 f"model: {model.network} cannot predict new texts, because its tokenizer is not "

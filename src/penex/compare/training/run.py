@@ -52,8 +52,8 @@ from penex.compare.data.split import Inputs, Split, split
 from penex.compare.errors import CompareError
 from penex.compare.files import replacing, write_json, write_text
 from penex.compare.models.choose import Architecture, resolve, row_shape
-from penex.compare.models.files import WEIGHTS, Model, write_model, write_network
 from penex.compare.models.networks import Normalise, Vocabulary
+from penex.compare.models.saved_model import WEIGHTS, Model, write_model, write_network
 from penex.compare.output_folder import CHECKPOINT, checkpoint_file, new_run
 from penex.compare.registry import Context, Loss, parse_loss
 from penex.compare.training.determinism import deterministic
