@@ -78,7 +78,7 @@ def heads(options: argparse.Namespace, part: str) -> tuple[dict[str, Head], list
     if by_onednn(torch.ones(1, device=options.device)):
         found[PLAIN] = without_onednn
     elif not cuda:
-        skipped.append(Skipped(what=PLAIN, reason="there is no oneDNN beside MKL here"))
+        skipped.append(Skipped(what=PLAIN, reason="oneDNN is not used here"))
     if options.quick:
         skipped.append(Skipped(what=COMPILED, reason="a trial run"))
     elif not cuda and not any(map(shutil.which, ("g++", "clang++", "c++"))):

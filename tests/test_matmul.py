@@ -6,11 +6,23 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from penex import _matmul
 from penex._matmul import add_product, by_onednn, linear
 from penex.functional import linear_penex_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
 ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor of AMD's, so that both libraries are tested on every machine."""
+    monkeypatch.setattr(_matmul, "_amd", lambda: True)
+
+
+def test_other_processors_use_the_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_matmul, "_amd", lambda: False)
+    assert not by_onednn(torch.ones(1))
 
 
 @contextmanager

@@ -1,10 +1,14 @@
-"""Matrix products of a tile, on the CPU by the faster of the two libraries that torch brings along.
+"""Matrix products of a block, on the CPU by the faster of the two libraries that torch comes with.
 
-torch multiplies float32 matrices with its BLAS. In the builds for x86 that is MKL, which on AMD's
-processors can be much slower than oneDNN; torch itself uses oneDNN for its convolutions, and for
-linear layers in ``torch.compile``, through the operation called here. It is switched off, as for
-those, by ``torch.backends.mkldnn.flags(enabled=False)``.
+torch multiplies float32 matrices with its BLAS. In the builds for x86 that is MKL, which is faster
+than oneDNN on Intel's processors and can be much slower on AMD's. On AMD's, oneDNN is used, through
+the operation that ``torch.compile`` calls for linear layers;
+``torch.backends.mkldnn.flags(enabled=False)`` switches it off.
 """
+
+import functools
+import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +21,26 @@ _AVAILABLE: bool = (
 
 
 def by_onednn(tensor: Tensor) -> bool:
-    """Whether oneDNN multiplies such tensors: float32 on the CPU, where the BLAS is MKL."""
+    """Whether oneDNN multiplies such tensors: float32 on AMD's CPUs, where the BLAS is MKL."""
     return (
         not torch.compiler.is_compiling()
         and _AVAILABLE
         and tensor.is_cpu
         and tensor.dtype == torch.float32
         and bool(torch.backends.mkldnn.enabled)
+        and _amd()
     )
+
+
+@functools.cache
+def _amd() -> bool:
+    """Whether the processor is AMD's."""
+    vendor = "AuthenticAMD"
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as stream:
+            return vendor in stream.read(4096)  # the first core's entry
+    except OSError:  # not Linux
+        return vendor in platform.processor()
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
