@@ -84,9 +84,9 @@ def run(config: Config, dataset: Dataset, folder: Path) -> Callable[[], object]:
 
     def epoch() -> None:
         torch.use_deterministic_algorithms(True)
-        values = {"train": ready.learner.fit(ready.training, 0)}
-        values["validation"] = ready.learner.measure(ready.validation)
-        progress.add(ready.learner, values, 1.0)
+        training = ready.learner.fit(ready.training, 0).means()
+        validation = ready.learner.scores(ready.validation, ready.parts.validation[1])
+        progress.add(ready.learner, training, validation, 1.0)
 
     return epoch
 

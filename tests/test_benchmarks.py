@@ -1,5 +1,6 @@
 """The benchmarks measure what they say. Nothing here depends on how fast the machine is."""
 
+import json
 import subprocess
 import sys
 import time
@@ -134,3 +135,11 @@ def test_a_result_that_is_not_finite_is_not_written(file: Path, tmp_path: Path) 
     with pytest.raises(ValidationError):
         results.save(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_overhead_of_the_comparison_is_measured(tmp_path: Path) -> None:
+    """It runs the trainer's own parts, which no other test of the benchmarks does."""
+    command = [sys.executable, "-m", "benchmarks.overhead", "--quick", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    rows = json.loads((tmp_path / "overhead-cpu.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["mlp", "convnet"]
