@@ -231,9 +231,7 @@ def _check_classes(content: Content, source: str) -> None:
     """Refuse classes that are too few, or have too few rows for every part to have one."""
     classes, k = content.classes, len(content.classes)
     if k < 2:
-        raise CompareError(
-            f"{source}: expected at least 2 classes to tell apart; every label is {classes[0]!r}."
-        )
+        raise CompareError(f"{source}: expected at least 2 classes; every label is {classes[0]!r}.")
     given = {
         part: np.bincount(content.target[rows], minlength=k)
         for part, rows in content.official.items()
